@@ -1,0 +1,1712 @@
+"""DreamerV3 in one file: learns a world model from pixels or vectors, and a policy inside its dreams.
+
+Paper    Hafner et al., "Mastering diverse control tasks through world models", Nature 2025, arXiv:2301.04104v2
+Code     compared number by number with danijar/dreamerv3 at commit e3f0224; parameter counts are equal
+
+Run      python dreamer_v3.py --env-id ALE/Pong-v5                      Atari 100k protocol: RGB, no sticky actions
+         python dreamer_v3.py --preset tiny                             every phase in two minutes on a CPU
+         python dreamer_v3.py --env-id CartPole-v1 --train-ratio 512    vectors (--pixels: the rendered image)
+         python dreamer_v3.py --resume auto                             go on after Ctrl-C, SIGTERM or a crash
+         python dreamer_v3.py --eval-only --checkpoint runs/NAME        play with a trained policy
+         torchrun --standalone --nproc_per_node=2 dreamer_v3.py --num-envs 2      two GPUs, or two CPU processes
+
+Index    One replay row t holds what belongs to one moment:
+
+            obs_t  reward_t  is_first_t  is_last_t  is_terminal_t | action_t         (h_t, z_t)
+            '---------- arrived together, caused by action_{t-1}  '- chosen on obs_t '- posterior that chose it
+
+         A training sequence is T+1 rows. Row 0 only lends (h_0, z_0) and action_0; losses run on rows 1..T:
+            h_t = f(h_{t-1}, z_{t-1}, action_{t-1})   z_t ~ q(z_t | h_t, obs_t)   h, z, action zeroed at is_first_t
+         In a dream, reward and continue belong to the state that is entered:
+            s_0 -a_0-> s_1 -a_1-> ... s_H             R_k = r_{k+1} + c_{k+1} ((1-lam) v_{k+1} + lam R_{k+1}), R_H = v_H
+
+Symbols  paper  code          shape                |  paper  code       shape
+         x_t    obs           (T,B,Y,X,C), (T,B,n) |  a_t    action     (T,B,A)  one-hot, or raw continuous
+         h_t    deter         (T,B,D)              |  r_t    reward     (T,B)
+         z_t    stoch         (T,B,S*K) one-hot    |  c_t    cont       (T,B)    1 - is_terminal
+         s_t    feat = [h,z]  (T,B,F)              |  v_t    value      (H+1,N)
+         q, p   post_logits, prior_logits (T,B,S,K)|  R_t    ret        (H,N)
+         T time, B batch, H imagination, N rollouts = T*B (environments in section 4), S groups of K classes.
+         Time is always the first axis. Some texts write s_t for the latent; here it is the pair {h_t, z_t}.
+
+Delta    against DreamerV2 (tags in the code):
+         D1  vectors are squashed with symlog          D6  one LaProp optimiser, adaptive gradient clipping
+         D2  reward and critic are two-hot             D7  returns are scaled by their 5th-95th percentile range
+         D3  KL: free nats and two fixed weights       D8  the critic also learns on replay; slow critic regularises
+         D4  1 % uniform mix in latents and actor      D9  replay keeps latents, hands out the newest sequences first
+         D5  block GRU, RMSNorm + SiLU, max-pooling    D10 one loss, one backward pass; REINFORCE for all actions
+
+Differences from the official code, each on purpose:
+         - the discrete actor has the paper's 1 % uniform mix (--actor-unimix 0: today's official behaviour);
+         - a time limit is not a death: is_terminal is set only where the environment says so;
+         - no-ops at reset are 0..29 (official 0..30), drawn by ale-py; the first frame of an episode is never black;
+         - fresh latents are written back at once (official: one update later), the policy acts with the newest weights;
+         - rows that only reset an environment are in replay but are not counted as policy steps.
+SPDX-License-Identifier: MIT
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "ale-py>=0.12.1", "tyro>=1.0", "tensorboard>=2.16", "tqdm>=4.60"]
+# ///
+from __future__ import annotations
+
+import ctypes
+import errno
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import ale_py  # noqa: F401  registers the ALE/ ids
+import gymnasium
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import Summary
+from tqdm import tqdm
+
+# ======== 2. arguments ========
+
+SIZES = dict(size1m=64, size12m=256, size25m=384, size50m=512, size100m=768, size200m=1024, size400m=1536)  # width d
+
+
+@dataclass
+class Args:
+    """DreamerV3: world model, imagination and actor-critic in one file. Counts accept 1_000_000 and 1e6."""
+
+    exp_name: str = "dreamer_v3"
+    """second part of the run directory's name"""
+    env_id: str = "ALE/Pong-v5"
+    """any Gymnasium id, also module:Env-v0"""
+    seed: int = 1
+    """seed of weights, environments and sampling"""
+    preset: Literal["default", "tiny"] = "default"
+    """values for the flags left alone; tiny: all phases in two minutes on two CPU cores"""
+    total_timesteps: int = 1_000_000
+    """policy steps over all environments; frames = steps x action repeat (official Atari 100k: 110_000)"""
+    num_envs: int = 1
+    """parallel environments (official: 1 for Atari 100k, 16 elsewhere)"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """computation (weights stay fp32); auto: bf16 on CUDA as in the official code, else fp32"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the steps and the large regions; auto: on CUDA only"""
+    run_dir: str = "runs"
+    """where run directories go"""
+    resume: str = ""
+    """run directory to continue, or auto: the newest one of this environment, name and seed"""
+    save_every: int = 10_000
+    """policy steps between checkpoints"""
+    eval_every: int = 0
+    """policy steps between evaluations; 0: one at the end"""
+    eval_episodes: int = 10
+    """episodes per evaluation"""
+    eval_only: bool = False
+    """evaluate --checkpoint and stop"""
+    checkpoint: str = ""
+    """policy.pt or run directory for --eval-only"""
+    video_every: int = 50_000
+    """policy steps between open-loop videos; 0: one at the end"""
+    log_every: int = 1_000
+    """policy steps between metric logs"""
+
+    image_size: int = 64
+    """side of the square image, a multiple of 16 (official: 64; Atari 200M: 96)"""
+    grayscale: bool = False
+    """Atari in gray (official Atari 200M)"""
+    action_repeat: int | None = None
+    """environment steps per policy step; None: 4 on Atari, 1 elsewhere (official)"""
+    sticky_actions: float = 0.0
+    """Atari: probability that a frame repeats the last action (official: 0 for 100k, 0.25 for 200M)"""
+    full_action_space: bool = False
+    """Atari: all 18 actions (official Atari 200M)"""
+    pixels: bool = False
+    """learn from the rendered image instead of the environment's own observation"""
+
+    buffer_size: int = 5_000_000
+    """replay rows over all environments, at most what the run can fill (official)"""
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where replay lives; auto: GPU memory if it fits in half of what is free, else memory-mapped files"""
+    learning_starts: int = 0
+    """policy steps before the first update; 0: batch_size*batch_length + batch_length*num_envs (official)"""
+    batch_size: int = 16
+    """sequences per update, B (official)"""
+    batch_length: int = 64
+    """steps per sequence, T, plus one of context (official)"""
+    train_ratio: float = 256.0
+    """replayed steps per policy step (official: 256 for Atari 100k, 32 for 200M, 1024 for proprio; paper 128 for 100k)"""
+
+    size: Literal["auto", "size1m", "size12m", "size25m", "size50m", "size100m", "size200m", "size400m"] = "auto"
+    """network size (official names and default size200m); auto: size12m on a GPU, size1m on a CPU"""
+    free_nats: float = 1.0
+    """KL below which neither prior nor posterior is trained, in nats per step (official)"""
+    beta_dyn: float = 1.0
+    """weight of the prior's KL (official; 0.5 in 2023)"""
+    beta_rep: float = 0.1
+    """weight of the posterior's KL (official)"""
+    unimix: float = 0.01
+    """uniform share of the latent distributions (official)"""
+    imag_horizon: int = 15
+    """imagined steps, H (official)"""
+    gamma: float = 1 - 1 / 333
+    """discount, part of the continue target (official)"""
+    lam: float = 0.95
+    """lambda of the returns (official)"""
+    ent_coef: float = 3e-4
+    """entropy bonus (official)"""
+    actor_unimix: float = 0.01
+    """uniform share of the discrete policy (paper; 0 in today's official code)"""
+    beta_repval: float = 0.3
+    """weight of the critic's replay loss (official)"""
+    slow_rate: float = 0.02
+    """step of the slow critic towards the critic, per update (official)"""
+    lr: float = 4e-5
+    """learning rate of all networks (official)"""
+    warmup: int = 1_000
+    """updates of linear warm-up; the first has learning rate 0 (official)"""
+    agc: float = 0.3
+    """gradient norm allowed per tensor, relative to the tensor's norm (official)"""
+
+
+PRESETS = dict(
+    default={},
+    tiny=dict(size="size1m", total_timesteps=1_200, batch_size=8, batch_length=16, train_ratio=32.0, lr=3e-4,
+              warmup=50, save_every=600, video_every=600, log_every=100, eval_episodes=1, buffer_size=100_000),
+)
+
+
+# ==== shared: seeding and device ====
+def fail(message: str):
+    """For everything the user can mend: one clear line on stderr, exit status 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The torch device for --device; naming an absent one is an error."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} is not usable here ({str(error).splitlines()[0]}); try --device auto")
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc: keep freed memory (no mmap, no trim); giving it back costs 5 % of an update in page faults
+        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    return device
+# ==== end shared ====
+
+
+# ======== 3. pure functions ========
+
+
+# ======== 3. pure functions ========
+
+
+# ==== shared: symlog and two-hot ====
+def symlog(x: torch.Tensor) -> torch.Tensor:  # D1
+    """sign(x) ln(|x| + 1), the squashing of vector inputs. Eq. 9 (arXiv:2301.04104v2)."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x: torch.Tensor) -> torch.Tensor:
+    """sign(x) (exp|x| - 1), the inverse of symlog. Eq. 9 (arXiv:2301.04104v2)."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+def symexp_bins(count: int = 255) -> torch.Tensor:  # D2
+    """(count,) bin centres, exactly antisymmetric, up to +-4.85e8. Eq. 10 (arXiv:2301.04104v2)."""
+    half = symexp(torch.linspace(-20, 0, (count + 1) // 2))
+    return torch.cat([half, -half[: count // 2].flip(0)])
+
+
+def twohot_loss(logits: torch.Tensor, target: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of softmax(logits (...,K)) with twohot(target (...)), (...). Eq. 11 (arXiv:2301.04104v2).
+
+    Weights are linear in raw space; a target outside the bins puts all weight on the border bin. The dense (...,K)
+    target is never built: -sum twohot * log_softmax = logsumexp - w_below * logit_below - w_above * logit_above."""
+    above = torch.bucketize(target, bins, right=True)  # = count(bins <= target)
+    below, above = (above - 1).clamp(min=0), above.clamp(max=len(bins) - 1)
+    low, high = bins[below], bins[above]
+    weight = ((target - low) / torch.where(high > low, high - low, 1)).clamp(0, 1)
+    picked = logits.gather(-1, torch.stack([below, above], -1))
+    return logits.logsumexp(-1) - torch.lerp(picked[..., 0], picked[..., 1], weight)
+
+
+def twohot_mean(logits: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
+    """Expected value of softmax(logits (...,K)) over the bins, (...). Eq. 10 (arXiv:2301.04104v2).
+
+    Trap: bins reach 4.85e8, so a plain sum gives -0.4 instead of 0 at initialisation. Subtracting mirrored
+    probabilities first is exactly 0 for a uniform distribution (the middle bin is 0)."""
+    probs, half = logits.softmax(-1), len(bins) // 2
+    return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * bins[half + 1 :]).sum(-1)
+# ==== end shared ====
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Norms, softmaxes, losses and returns run in float32 also under bf16; float64 stays (tests)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:  # D4
+    """Probabilities (...,K) with a uniform share `mix`; sample, KL, entropy and gradient all use these, not the logits."""
+    return (1 - mix) * at_least_float32(logits).softmax(-1) + mix / logits.shape[-1]
+
+
+def log_unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:
+    """log unimix(logits), finite also for mix 0, where a probability can be too small for its float."""
+    return unimix(logits, mix).log() if mix else at_least_float32(logits).log_softmax(-1)
+
+
+def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of log-probabilities (...,K), (...)."""
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def sample_onehot(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """One-hot sample of probs (...,K) with straight-through gradient: its value is exactly one-hot, its gradient probs'.
+
+    argmax(p / e) with e ~ Exp(1) is an exact categorical draw (exponential race); the noise carries no gradient."""
+    index = (probs.detach() / noise).argmax(-1, keepdim=True)
+    onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
+    return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
+
+
+def categorical_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats, (...), of log-probabilities (...,S,K): summed over the groups S, which are independent."""
+    return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
+
+
+def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, mix: float, free_nats: float) -> tuple:  # D3
+    """dyn = max(free, KL(sg q || p)), rep = max(free, KL(q || sg p)), each (T,B), and the KL. Eq. 3 (arXiv:2301.04104v2).
+
+    The stop-gradients let dyn train only the prior, rep only the posterior. Free nats apply to the KL summed over the
+    groups, which avoids the solution where both collapse; per group, nothing below 32 nats would be trained."""
+    post, prior = log_unimix(post_logits, mix), log_unimix(prior_logits, mix)
+    dyn, rep = categorical_kl(post.detach(), prior), categorical_kl(post, prior.detach())
+    return dyn.clamp(min=free_nats), rep.clamp(min=free_nats), dyn.detach()
+
+
+def lambda_return(reward: torch.Tensor, value: torch.Tensor, live: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+    """R_k = r_{k+1} + live_{k+1} ((1-lam_{k+1}) v_{k+1} + lam_{k+1} R_{k+1}), R_H = v_H. Eq. 7 (arXiv:2301.04104v2).
+
+    Inputs (H+1,...), time first, result (H,...). `live` contains the discount. Reward and live are those of the state
+    that is entered, index k+1. Source: `agent.lambda_return`."""
+    step = reward[1:] + live[1:] * (1 - lam[1:]) * value[1:]
+    decay = live[1:] * lam[1:]
+    ret, rets = value[-1], []
+    for r, d in zip(reversed(step.unbind(0)), reversed(decay.unbind(0))):
+        ret = torch.addcmul(r, d, ret)
+        rets.append(ret)
+    return torch.stack(rets[::-1])
+
+
+class Categorical:
+    """Discrete policy over logits (...,A) with one-hot actions. Source: `outs.OneHot`."""
+
+    def __init__(self, logits: torch.Tensor, mix: float):
+        self.log_probs = log_unimix(logits, mix)
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        return sample_onehot(self.log_probs.detach().exp(), noise)
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        return (self.log_probs * action).sum(-1)
+
+    def entropy(self) -> torch.Tensor:
+        return entropy(self.log_probs)
+
+
+class BoundedNormal:
+    """Continuous policy Normal(tanh m, 0.1 + 0.9 sigmoid(s + 2)) over raw = [m, s] (...,2A). Source: `bounded_normal`.
+
+    Not squashed: log_prob is that of the raw sample, which the environment clips to [-1, 1]."""
+
+    def __init__(self, raw: torch.Tensor):
+        mean, std = at_least_float32(raw).chunk(2, -1)
+        self.normal = torch.distributions.Normal(mean.tanh(), 0.1 + 0.9 * (std + 2).sigmoid(), validate_args=False)
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        return (self.normal.mean + self.normal.stddev * noise).detach()
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        return self.normal.log_prob(action).sum(-1)
+
+    def entropy(self) -> torch.Tensor:
+        return self.normal.entropy().sum(-1)
+
+
+# ======== 4. environment ========
+
+
+# ==== shared: image resize ====
+def resize_bilinear(frames: np.ndarray, size: int) -> np.ndarray:
+    """(N,Y,X,C) uint8 -> (N,size,size,C), antialiased, bit-identical to Pillow's BILINEAR (official for V1, V3, IRIS)."""
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
+
+
+def area_weights(source: int, target: int) -> np.ndarray:
+    """(target, source) weights of an exact area average: the overlap of target cells with source pixels."""
+    edges, pixels = np.arange(target + 1)[:, None] * source / target, np.arange(source)
+    overlap = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
+    return overlap.clip(0) * target / source
+
+
+def resize_area(frames: np.ndarray, size: int) -> np.ndarray:
+    """(N,Y,X,C) uint8 -> (N,size,size,C) by area average, as OpenCV's INTER_AREA."""
+    rows, cols = area_weights(frames.shape[1], size), area_weights(frames.shape[2], size)
+    return np.rint(np.einsum("yh,nhwc,xw->nyxc", rows, frames, cols, optimize=True)).astype(np.uint8)
+# ==== end shared ====
+
+
+# ==== shared: atari environment ====
+class AtariEnvs:
+    """`num_envs` games in ale-py's native vector environment; a row of arrays (N,...) per step.
+
+    `resize`: "bilinear" (from 210x160) or "area" (native). `life_loss`: a lost life sets is_terminal while the game goes
+    on. NEXT_STEP: the step after an episode's end ignores its action and returns the next episode's first observation,
+    so is_first_{t+1} = is_last_t. Rewards are raw. The last frame of a game often repeats the one before (emulator)."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, size: int, resize: str, grayscale: bool,
+                 action_repeat: int, sticky_actions: float, full_action_space: bool, life_loss: bool = False):
+        self.native = resize == "area"
+        self.envs = gymnasium.make_vec(
+            env_id, num_envs=num_envs, img_height=size if self.native else 210, img_width=size if self.native else 160,
+            grayscale=grayscale and self.native, stack_num=1, frameskip=action_repeat, maxpool=True, noop_max=30,
+            use_fire_reset=False, reward_clipping=False, episodic_life=False, life_loss_info=life_loss,
+            repeat_action_probability=sticky_actions, full_action_space=full_action_space,
+            max_num_frames_per_episode=108_000, autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP)
+        self.num_envs, self.seed, self.size, self.grayscale, self.life_loss = num_envs, seed, size, grayscale, life_loss
+        self.action_dim, self.discrete = int(self.envs.single_action_space.n), True
+        self.shapes = {"image": (size, size, 1 if grayscale else 3)}
+
+    def reset(self) -> dict[str, np.ndarray]:
+        frames, _ = self.envs.reset(seed=self.seed)
+        self.over = zeros = np.zeros(self.num_envs, bool)
+        return self._row(frames, zeros, zeros, zeros, ~zeros)
+
+    def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
+        """One policy step; `action` (N,A) one-hot. Trap: ale-py hangs for ever on an action out of range, so argmax."""
+        frames, reward, terminated, truncated, info = self.envs.step(action.argmax(-1))
+        first, self.over = self.over, truncated | (terminated & (info["lives"] == 0) if self.life_loss else terminated)
+        return self._row(frames, reward, terminated, self.over, first)
+
+    def _row(self, frames, reward, terminated, over, first):
+        image = frames[:, 0] if frames.ndim == 5 else frames[:, 0, ..., None]
+        if not self.native:
+            image = resize_bilinear(image, self.size)
+            if self.grayscale:  # after max and resize, truncated to uint8 as `embodied.envs.atari` does
+                image = (image * np.array([0.299, 0.587, 1 - (0.299 + 0.587)])).sum(-1, keepdims=True).astype(np.uint8)
+        return dict(image=image, reward=reward.astype(np.float32), is_first=first, is_last=over | terminated,
+                    is_terminal=terminated)
+# ==== end shared ====
+
+
+# ==== shared: generic environment ====
+class ActionRepeat(gymnasium.Wrapper):
+    """Repeats each action, sums the rewards, stops at the episode's end."""
+
+    def __init__(self, env, repeat: int):
+        super().__init__(env)
+        self.repeat = repeat
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(self.repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+class GymEnvs:
+    """`num_envs` copies of any Gymnasium environment; the same rows as AtariEnvs. Edit here for anything unusual.
+
+    Observations: uint8 (Y,X,C) images, other Boxes as float32 vectors, Dicts of both (images are stacked by channel).
+    Actions: Discrete, or Box: clipped to [-1, 1], then mapped to the bounds where they are finite."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, size: int, action_repeat: int, pixels: bool):
+        wrappers = [partial(ActionRepeat, repeat=action_repeat)] if action_repeat > 1 else []
+        render = dict(render_mode="rgb_array") if pixels else {}
+        wrappers += [gymnasium.wrappers.AddRenderObservation] if pixels else []
+        self.envs = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=wrappers, **render,
+                                       vector_kwargs=dict(autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP))
+        self.num_envs, self.seed, self.size, self.act = num_envs, seed, size, self.envs.single_action_space
+        space = self.envs.single_observation_space
+        spaces = dict(space) if isinstance(space, gymnasium.spaces.Dict) else {"obs": space}
+        for key, entry in spaces.items():
+            if not isinstance(entry, gymnasium.spaces.Box) or (len(entry.shape) == 3) != (entry.dtype == np.uint8):
+                fail(f"{env_id}: observation {key!r} is {entry}; supported are uint8 (Y,X,C) images, Box vectors and "
+                     "Dicts of them (gymnasium.wrappers.FlattenObservation may help, or edit GymEnvs in section 4)")
+        self.images = sorted(k for k, s in spaces.items() if len(s.shape) == 3)
+        self.vectors = sorted(k for k in spaces if k not in self.images)
+        self.shapes = {k: (math.prod(spaces[k].shape),) for k in self.vectors}
+        if self.images:
+            self.shapes["image"] = (size, size, sum(spaces[k].shape[-1] for k in self.images))
+        self.discrete = isinstance(self.act, gymnasium.spaces.Discrete)
+        if not self.discrete and not isinstance(self.act, gymnasium.spaces.Box):
+            fail(f"{env_id}: action space {self.act} is not supported; Discrete and Box are")
+        self.action_dim = int(self.act.n) if self.discrete else math.prod(self.act.shape)
+
+    def reset(self) -> dict[str, np.ndarray]:
+        obs, _ = self.envs.reset(seed=self.seed)
+        self.over = zeros = np.zeros(self.num_envs, bool)
+        return self._row(obs, zeros, zeros, zeros, ~zeros)
+
+    def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
+        """One policy step; `action` (N,A) one-hot, or raw continuous."""
+        if self.discrete:
+            native = action.argmax(-1) + self.act.start
+        else:
+            native, finite = action.reshape(-1, *self.act.shape).clip(-1, 1), self.act.bounded_below & self.act.bounded_above
+            low, high = np.where(finite, self.act.low, -1), np.where(finite, self.act.high, 1)
+            native = (low + (native + 1) / 2 * (high - low)).astype(self.act.dtype)
+        obs, reward, terminated, truncated, _ = self.envs.step(native)
+        first, self.over = self.over, terminated | truncated
+        return self._row(obs, reward, terminated, self.over, first)
+
+    def _row(self, obs, reward, terminated, over, first):
+        obs = obs if isinstance(obs, dict) else {"obs": obs}
+        row = {k: np.asarray(obs[k], np.float32).reshape(self.num_envs, -1) for k in self.vectors}
+        if self.images:
+            images = [obs[k] if obs[k].shape[1:3] == (self.size,) * 2 else resize_area(obs[k], self.size) for k in self.images]
+            row["image"] = np.concatenate(images, -1)
+        return dict(row, reward=reward.astype(np.float32), is_first=first, is_last=over, is_terminal=terminated)
+# ==== end shared ====
+
+
+def make_envs(args: Args, num_envs: int, seed: int) -> AtariEnvs | GymEnvs:
+    """The one place that knows which environment it is. An unknown id or a missing package is one line, exit status 2."""
+    try:
+        if args.env_id.startswith("ALE/") and not args.pixels:
+            return AtariEnvs(args.env_id, num_envs, seed, args.image_size, "bilinear", args.grayscale, args.action_repeat,
+                             args.sticky_actions, args.full_action_space)
+        return GymEnvs(args.env_id, num_envs, seed, args.image_size, args.action_repeat, args.pixels)
+    except (gymnasium.error.Error, ImportError, AssertionError) as error:
+        fail(f"--env-id {args.env_id}: {str(error).splitlines()[0]}")
+
+
+# ======== 5. replay ========
+
+
+# ==== shared: replay storage ====
+class Storage:
+    """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...) by field name.
+
+    `specs`: name -> (shape, dtype). On a CPU the tensors are memory-mapped .npy files in `folder`: they take no RAM of
+    their own and survive a kill. On a GPU they are device tensors that `flush` copies to such files. Without a folder
+    they live in memory only. `rows` counts all rows ever added; the newest `size` of them are valid."""
+
+    def __init__(self, specs: dict, capacity: int, num_envs: int, device: torch.device, folder: Path | None):
+        self.capacity, self.num_envs, self.device, self.folder = capacity, num_envs, device, folder
+        self.rows = self.size = self.flushed = 0
+        self.files, self.data = {}, {}
+        for name, (shape, dtype) in specs.items():
+            full, stored = (capacity, num_envs, *shape), torch.int16 if dtype == torch.bfloat16 else dtype
+            if folder:
+                self.files[name] = self._map(name, full, torch.empty(0, dtype=stored).numpy().dtype)
+            mapped = folder and device.type == "cpu"
+            self.data[name] = (torch.from_numpy(self.files[name]).view(dtype) if mapped else
+                               torch.zeros(full, dtype=dtype, device=device))
+        # rows that the files may hold, written ahead of the data: after a kill it tells which old rows were overwritten
+        self.written = self._map("rows", (1,), np.dtype(np.int64)) if folder else np.zeros(1, np.int64)
+
+    def _map(self, name: str, shape: tuple, dtype: np.dtype) -> np.memmap:
+        """Memory-map a file, made if missing with all its disk space: a full disk is an OSError here, not a crash later."""
+        path = self.folder / f"{name}.npy"
+        if not path.exists():
+            array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            if hasattr(os, "posix_fallocate"):
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+        return np.lib.format.open_memmap(path, mode="r+")
+
+    def add(self, row: dict) -> None:
+        """Append one row: arrays or tensors (num_envs,...) for every field."""
+        self.written[0] = self.rows + 1
+        for name, tensor in self.data.items():
+            tensor[self.rows % self.capacity].copy_(torch.as_tensor(row[name]))
+        self.rows, self.size = self.rows + 1, min(self.size + 1, self.capacity)
+
+    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
+        """Row numbers and streams (T,B) -> fields (T,B,...), and their flat positions for `write`."""
+        index = rows % self.capacity * self.num_envs + envs
+        return {k: v.flatten(0, 1)[index] for k, v in self.data.items()}, index
+
+    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
+        """Overwrite fields at positions that `gather` returned."""
+        for name, value in values.items():
+            field = self.data[name].flatten(0, 1)  # trap: must be a view; writing to an indexed copy is lost
+            field.index_copy_(0, index.flatten(), value.flatten(0, index.dim() - 1).to(field))
+
+    def flush(self) -> None:
+        """Bring the files up to date, so that a checkpoint may count on all rows."""
+        if self.device.type != "cpu":
+            new = np.arange(max(self.flushed, self.rows - self.size), self.rows) % self.capacity
+            for name, array in self.files.items():
+                value = self.data[name][torch.from_numpy(new).to(self.device)].cpu()
+                array[new] = (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+        for array in self.files.values():
+            array.flush()
+        self.flushed = self.rows
+
+    def state_dict(self) -> dict:
+        return dict(rows=self.rows, size=self.size)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue at a checkpoint, without the old rows that were overwritten after it was made."""
+        self.rows = self.flushed = state["rows"]
+        self.size = self.rows - max(self.rows - state["size"], int(self.written[0]) - self.capacity)
+        self.written[0] = self.rows
+        if self.device.type != "cpu":
+            for name, array in self.files.items():
+                self.data[name].copy_(torch.from_numpy(array).view(self.data[name].dtype))
+# ==== end shared ====
+
+
+# ==== shared: sequence replay ====
+class SequenceReplay(Storage):  # D9
+    """Uniform sequences of endless streams that may cross episode borders. Source: `Replay`, `selectors.Uniform`.
+
+    Online queue: of every `length` rows of a stream the newest sequence is handed out once, before uniform samples."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.queue = []
+
+    def add(self, row: dict, length: int) -> None:
+        super().add(row)
+        newest = self.rows - 1
+        if newest >= length and newest % length == 0:
+            self.queue += [(newest - length + 1, env) for env in range(self.num_envs)]
+
+    def starts(self, length: int) -> int:
+        """How many sequences of that length can be sampled."""
+        return max(self.size - length + 1, 0) * self.num_envs
+
+    def sample(self, batch_size: int, length: int) -> tuple[dict, torch.Tensor]:
+        """-> fields (length,batch_size,...) on the device, and their positions for `write`."""
+        oldest = self.rows - self.size
+        valid = [item for item in self.queue if item[0] >= oldest]
+        fresh, self.queue = valid[:batch_size], valid[batch_size:]
+        start, env = torch.rand((2, batch_size), dtype=torch.float64, device=self.device)
+        start = oldest + (start * (self.size - length + 1)).long()
+        env = (env * self.num_envs).long()
+        if fresh:
+            start[: len(fresh)], env[: len(fresh)] = torch.tensor(fresh, device=self.device).T
+        batch, index = self.gather(start + torch.arange(length, device=self.device)[:, None], env.expand(length, -1))
+        return annotate(batch), index
+
+    def state_dict(self) -> dict:
+        return dict(super().state_dict(), queue=self.queue)
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.queue = [tuple(item) for item in state["queue"]]
+
+
+def annotate(batch: dict) -> dict:
+    """A sequence begins as an episode does, and an abandoned episode ends. Source: `Replay._annotate_batch`."""
+    first, last = batch["is_first"].clone(), batch["is_last"].clone()
+    first[0] = True
+    last[:-1] |= first[1:]
+    return dict(batch, is_first=first, is_last=last)
+
+
+class Ratio:
+    """Updates due: one at the first call, then floor(rows x ratio), the remainder carried. Source: `when.Ratio`."""
+
+    def __init__(self, ratio: float):
+        self.ratio, self.previous = ratio, None
+
+    def __call__(self, step: int) -> int:
+        if self.previous is None:
+            self.previous = step
+            return 1
+        updates = int((step - self.previous) * self.ratio)
+        self.previous += updates / self.ratio
+        return updates
+# ==== end shared ====
+
+
+def split_context(batch: dict) -> tuple[dict, dict]:
+    """Rows 0..T (T+1,B,...) -> carry with previous actions, and the rows 1..T to train on. Source: `_apply_replay_context`.
+
+    Row 0 lends its stored latents and its action. The forced is_first sits on row 0, so it does not reset row 1."""
+    carry = dict(deter=batch["deter"][0], stoch=batch["stoch"][0], action=batch["action"][:-1])
+    return carry, {k: v[1:] for k, v in batch.items()}
+
+
+# ======== 6. networks ========
+
+
+def init_weight(weight: torch.Tensor, fan_in: int, scale: float = 1.0) -> nn.Parameter:
+    """Normal truncated at 2 sigma, resulting std scale/sqrt(fan_in). Source: `nets.Initializer` (trunc_normal_in)."""
+    sigma = 1.1368 / math.sqrt(fan_in)
+    nn.init.trunc_normal_(weight, 0.0, sigma, -2 * sigma, 2 * sigma)  # trap: the bounds are values, not multiples
+    return nn.Parameter(weight.detach() * scale)
+
+
+class Linear(nn.Linear):
+    """(...,in) -> (...,out) with official initialisation; `scale` 0 makes an output layer start at exactly zero."""
+
+    def __init__(self, inputs: int, outputs: int, scale: float = 1.0):
+        super().__init__(inputs, outputs)
+        self.weight = init_weight(self.weight, inputs, scale)
+        nn.init.zeros_(self.bias)
+
+
+class BlockLinear(nn.Module):
+    """(N,in) -> (N,out) as G independent maps of in/G to out/G features; weight (G,in/G,out/G)."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int):
+        super().__init__()
+        # trap: fan_in is the full input width; a per-block fan_in would give sqrt(blocks) times larger weights
+        self.weight = init_weight(torch.empty(blocks, inputs // blocks, outputs // blocks), inputs)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.bmm(x.unflatten(-1, self.weight.shape[:2]).transpose(0, 1), self.weight)
+        return y.transpose(0, 1).flatten(1) + self.bias
+
+
+class NormSiLUFunction(torch.autograd.Function):
+    """silu(x / sqrt(mean(x^2) + eps) * scale), keeping one tensor of x's size for the backward pass.
+    Plain form: `F.silu(F.rms_norm(x, scale.shape, scale, eps))`, which takes 1.5 times as long on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, scale, eps):
+        rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        unit = x * rstd
+        ctx.save_for_backward(unit, rstd, scale)
+        return F.silu(unit * scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        unit, rstd, scale = ctx.saved_tensors
+        grad = torch.ops.aten.silu_backward(grad, unit * scale)
+        product = grad * unit
+        along = (product @ scale / len(scale))[..., None]
+        return torch.addcmul(grad * scale, unit, along, value=-1) * rstd, product.flatten(0, -2).sum(0), None
+
+
+class NormSiLU(nn.Module):  # D5
+    """RMSNorm over the last axis with a scale and eps 1e-4, in float32, then SiLU. Source: `nets.Norm`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # the compiler fuses the plain form
+            return F.silu(F.rms_norm(at_least_float32(x), self.scale.shape, self.scale, 1e-4)).to(x.dtype)
+        return NormSiLUFunction.apply(at_least_float32(x), self.scale, 1e-4).to(x.dtype)
+
+
+def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
+    """`layers` x [linear, RMSNorm, SiLU]; (...,inputs) -> (...,units)."""
+    return nn.Sequential(*[m for i in range(layers) for m in (Linear(units if i else inputs, units), NormSiLU(units))])
+
+
+def head(inputs: int, units: int, layers: int, outputs: int, scale: float) -> nn.Sequential:
+    """MLP with a linear output; (...,inputs) -> (...,outputs)."""
+    return nn.Sequential(mlp(inputs, units, layers), Linear(units, outputs, scale))
+
+
+class Conv(nn.Conv2d):
+    """5x5 'same' convolution, official initialisation, on (N,Y,X,C): channels last, as the norm and NumPy want them."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 5, padding=2)
+        self.weight = init_weight(self.weight, 25 * inputs)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class UpConv(Conv):
+    """Nearest upsampling x2, then the 5x5 convolution; (N,Y,X,in) -> (N,2Y,2X,out).
+
+    Computed as one 3x3 convolution at low resolution that makes the four output phases: 9 instead of 25 products per
+    output pixel. Plain form: `super().forward(x.repeat_interleave(2, 1).repeat_interleave(2, 2))`."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        # tap k of the 5-wide kernel falls, in output phase p, on low-resolution tap a = floor((p + k - 2) / 2) + 1
+        taps = [[[float((p + k - 2) // 2 + 1 == a) for k in range(5)] for a in range(3)] for p in range(2)]
+        self.register_buffer("taps", torch.tensor(taps), persistent=False)  # (phase, low-resolution tap, tap)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (n, height, width, _), out = x.shape, self.out_channels
+        weight = torch.einsum("oikl,pak,qbl->pqoiab", self.weight, self.taps, self.taps).flatten(0, 2)
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)
+        return y.reshape(n, height, width, 2, 2, out).transpose(2, 3).reshape(n, 2 * height, 2 * width, out)
+
+
+class Encoder(nn.Module):
+    """Observations -> tokens (T,B,E): vectors through an MLP, the image through 4 x [conv, max-pool, norm, SiLU]."""
+
+    def __init__(self, shapes: dict, units: int, depth: int, layers: int = 3):
+        super().__init__()
+        self.vectors, self.image, self.tokens = sorted(k for k in shapes if k != "image"), "image" in shapes, 0
+        if self.vectors:
+            self.mlp = mlp(sum(shapes[k][0] for k in self.vectors), units, layers)
+            self.tokens += units
+        if self.image:
+            height, width, channels = shapes["image"]
+            widths = [channels, 2 * depth, 3 * depth, 4 * depth, 4 * depth]
+            self.convs = nn.ModuleList(map(Conv, widths[:-1], widths[1:]))
+            self.norms = nn.ModuleList(map(NormSiLU, widths[1:]))
+            self.tokens += height // 16 * (width // 16) * widths[-1]
+
+    def forward(self, obs: dict) -> torch.Tensor:
+        outs = []
+        if self.vectors:
+            outs.append(self.mlp(symlog(torch.cat([obs[k] for k in self.vectors], -1))))  # D1
+        if self.image:
+            x = obs["image"].flatten(0, 1).to(self.convs[0].weight.dtype) / 255 - 0.5
+            for conv, norm in zip(self.convs, self.norms):
+                x = norm(F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1))  # D5
+            outs.append(x.flatten(1).unflatten(0, obs["image"].shape[:2]))  # in Y,X,C order, as the official code
+        return torch.cat(outs, -1)
+
+
+class Decoder(nn.Module):
+    """Latents (T,B,D), (T,B,S*K) -> predicted observations: image in [0,1], vectors in symlog space."""
+
+    def __init__(self, shapes: dict, deter: int, stoch: int, units: int, depth: int, layers: int = 3):
+        super().__init__()
+        self.vectors, self.image = sorted(k for k in shapes if k != "image"), "image" in shapes
+        if self.vectors:
+            self.mlp = mlp(stoch + deter, units, layers)
+            self.outs = nn.ModuleDict({k: Linear(units, shapes[k][0]) for k in self.vectors})
+        if self.image:
+            height, width, channels = shapes["image"]
+            widths, blocks = [4 * depth, 4 * depth, 3 * depth, 2 * depth, channels], 8
+            self.grid = (blocks, height // 16, width // 16, 4 * depth // blocks)
+            self.from_deter = BlockLinear(deter, math.prod(self.grid), blocks)
+            self.from_stoch = nn.Sequential(mlp(stoch, 2 * units, 1), Linear(2 * units, math.prod(self.grid)))
+            self.convs = nn.ModuleList(map(UpConv, widths[:-1], widths[1:]))
+            self.norms = nn.ModuleList(map(NormSiLU, widths[:-1]))
+
+    def forward(self, deter: torch.Tensor, stoch: torch.Tensor) -> dict:
+        out = {}
+        if self.vectors:
+            x = self.mlp(torch.cat([stoch, deter], -1))
+            out = {k: self.outs[k](x) for k in self.vectors}
+        if self.image:
+            x = self.from_deter(deter.flatten(0, -2)).unflatten(-1, self.grid).permute(0, 2, 3, 1, 4)  # (N,y,x,G,C/G)
+            x = x.flatten(3)
+            x = x + self.from_stoch(stoch.flatten(0, -2)).view_as(x)
+            for norm, conv in zip(self.norms, self.convs):
+                x = conv(norm(x))
+            out["image"] = at_least_float32(x).sigmoid().unflatten(0, deter.shape[:-1])
+        return out
+
+    def loss(self, deter: torch.Tensor, stoch: torch.Tensor, obs: dict) -> dict:
+        """Squared error per time step (T,B), summed over pixels and channels or vector entries; no 1/2 (official)."""
+        losses = {}
+        for key, recon in self(deter, stoch).items():
+            target = obs[key].to(recon.dtype) / 255 if key == "image" else symlog(obs[key])
+            losses[key] = (at_least_float32(recon) - target).square().flatten(2).sum(-1)
+        return losses
+
+
+# ======== 7. world model ========
+
+
+def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """bias + x @ weight: (B,in) with (in,out), or block-wise (G,B,in) with (G,in,out)."""
+    if bias is None:
+        return x @ weight
+    return torch.addmm(bias, x, weight) if x.dim() == 2 else torch.baddbmm(bias, x, weight)
+
+
+class ScanParams(torch.autograd.Function):
+    """Identity on a weight and bias that a scan uses T times. Its backward runs after those of all T steps and makes
+    both gradients in one product from what the steps recorded, instead of adding up T small ones."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, tape):
+        ctx.tape, ctx.has_bias = tape, bias is not None
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight), bias.view_as(bias) if ctx.has_bias else None
+
+    @staticmethod
+    def backward(ctx, *_):
+        x, grad = (torch.cat(parts, -2) for parts in zip(*ctx.tape))
+        ctx.tape.clear()
+        return x.mT @ grad, grad.sum(-2, keepdim=True) if ctx.has_bias else None, None
+
+
+class ScanStep(torch.autograd.Function):
+    """`affine` whose backward passes dL/dx on and only records (x, dL/dy) for ScanParams."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, row, tape):
+        ctx.save_for_backward(x, weight)
+        ctx.tape, ctx.has_row = tape, row is not None
+        return affine(x, weight, row if ctx.has_row else bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        ctx.tape.append((x, grad))
+        return grad @ weight.mT, None, None, grad if ctx.has_row else None, None
+
+
+class ScanLinear:
+    """`bias + x @ weight` inside a scan, or `row + x @ weight` with a row that was made outside it.
+    `defer` selects the single weight gradient above; the plain form is `affine`."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, defer: bool):
+        self.tape = [] if defer else None
+        self.weight, self.bias = ScanParams.apply(weight, bias, self.tape) if defer else (weight, bias)
+
+    def __call__(self, x: torch.Tensor, row: torch.Tensor | None = None) -> torch.Tensor:
+        if self.tape is None:
+            return affine(x, self.weight, self.bias if row is None else row)
+        return ScanStep.apply(x, self.weight, self.bias, row, self.tape)
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model: h_t = f(h, z, a), prior p(z_t | h_t), posterior q(z_t | h_t, tokens_t).
+
+    What does not depend on the recurrence is taken out of the scan, with the same sums: the token part of the
+    posterior's first layer, the action part of the cell, the prior, all noise. In the official cell each block reads its
+    slice of h and all of [x_h, x_z, x_a]; the latter rows are one dense matrix, only the slice needs a block product."""
+
+    def __init__(self, deter: int, hidden: int, stoch: int, classes: int, blocks: int, action_dim: int, tokens: int, mix: float):
+        super().__init__()
+        self.deter, self.stoch, self.classes, self.blocks, self.mix = deter, stoch, classes, blocks, mix
+        self.in_deter, self.in_deter_norm = Linear(deter, hidden), NormSiLU(hidden)
+        self.in_stoch, self.in_stoch_norm = Linear(stoch * classes, hidden), NormSiLU(hidden)
+        self.in_action = mlp(action_dim, hidden, 1)
+        self.hid, self.hid_norm = BlockLinear(deter + blocks * 3 * hidden, deter, blocks), NormSiLU(deter)
+        self.gru = BlockLinear(deter, 3 * deter, blocks)
+        self.post_hid, self.post_norm = Linear(deter + tokens, hidden), NormSiLU(hidden)
+        self.post_out = Linear(hidden, stoch * classes)
+        self.prior_head = head(deter, hidden, 2, stoch * classes, 1.0)
+        self.register_buffer("update_shift", torch.tensor([[0.0], [0.0], [1.0]]), persistent=False)
+        self.compiled = False
+
+    def scan_weights(self, dtype: torch.dtype, defer: bool) -> dict:
+        """What a step multiplies with, in computation precision, packed once per scan."""
+        part, hidden = self.deter // self.blocks, self.in_deter.out_features
+        dense = self.hid.weight[:, part:].transpose(0, 1).flatten(1)  # rows [x_h, x_z, x_a], columns in block order
+        gru_bias = self.gru.bias.view(self.blocks, 1, 3, part) - self.update_shift  # the cell's sigmoid(update - 1)
+        pairs = dict(
+            in_deter=(self.in_deter.weight.T, self.in_deter.bias[None]),
+            in_stoch=(self.in_stoch.weight.T, self.in_stoch.bias[None]),
+            own=(self.hid.weight[:, :part], None), dense=(dense[: 2 * hidden], None),
+            gru=(self.gru.weight, gru_bias.flatten(2)), post=(self.post_hid.weight[:, : self.deter].T, None),
+            post_out=(self.post_out.weight.T, self.post_out.bias[None]))
+        weights = {k: ScanLinear(w.to(dtype), None if b is None else b.to(dtype), defer) for k, (w, b) in pairs.items()}
+        return dict(weights, action=dense[2 * hidden :].to(dtype))
+
+    def action_row(self, weights: dict, action: torch.Tensor) -> torch.Tensor:
+        """The action's share of the block layer, (...,A) -> (...,D); entries beyond +-1 are scaled back, no gradient."""
+        x = self.in_action(action / action.detach().abs().clamp(min=1))
+        return x @ weights["action"] + self.hid.bias.to(x.dtype)
+
+    def core(self, weights: dict, deter: torch.Tensor, stoch: torch.Tensor, action_row: torch.Tensor) -> torch.Tensor:
+        """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K), (B,D) -> (B,D)."""  # D5
+        x = torch.cat([self.in_deter_norm(weights["in_deter"](deter)), self.in_stoch_norm(weights["in_stoch"](stoch))], -1)
+        blocks = deter.unflatten(-1, (self.blocks, -1))
+        own = weights["own"](blocks.transpose(0, 1)).transpose(0, 1)  # (B,G,D/G)
+        x = self.hid_norm((weights["dense"](x, action_row).view_as(blocks) + own).flatten(1))
+        gates = weights["gru"](x.view_as(blocks).transpose(0, 1)).transpose(0, 1)  # (B,G,3*D/G)
+        reset, cand, update = gates.chunk(3, -1)  # thirds of each block
+        cand = torch.tanh(reset.sigmoid() * cand)
+        return torch.lerp(blocks, cand, update.sigmoid()).flatten(1)  # update * cand + (1 - update) * h
+
+    def observe_step(self, weights: dict, deter, stoch, action_row, token_row, noise) -> tuple:
+        """One posterior step: (B,D), (B,S*K), rows (B,D) and (B,H), noise (B,S,K) -> h', z', logits (B,S,K)."""
+        deter = self.core(weights, deter, stoch, action_row)
+        x = self.post_norm(weights["post"](deter, token_row))
+        logits = weights["post_out"](x).unflatten(-1, (self.stoch, self.classes))
+        stoch = sample_onehot(unimix(logits, self.mix), noise).to(deter.dtype).flatten(1)
+        return deter, stoch, logits
+
+    def observe(self, tokens, prev_action, is_first, deter, stoch, noise, defer: bool = True) -> tuple:
+        """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), carry h (B,D), z (B,S*K), noise
+        (T,B,S,K) -> h (T,B,D), z (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
+        dtype = tokens.dtype
+        weights = self.scan_weights(dtype, defer and not self.compiled and torch.is_grad_enabled())
+        keep = (~is_first).to(dtype)[..., None]  # trap: h, z and the previous action all start from zero in an episode
+        action_rows = self.action_row(weights, prev_action.to(dtype) * keep)
+        token_rows = F.linear(tokens, self.post_hid.weight[:, self.deter :], self.post_hid.bias)
+        deter, stoch, outs = deter.to(dtype), stoch.to(dtype), []
+        # unbind: the backward pass of rows[t] would write a full-size gradient for every t
+        for k, a, x, e in zip(keep.unbind(), action_rows.unbind(), token_rows.unbind(), noise.unbind()):
+            deter, stoch, logits = self.observe_step(weights, deter * k, stoch * k, a, x, e)
+            outs.append((deter, stoch, logits))
+        return tuple(torch.stack(x) for x in zip(*outs))
+
+    def prior(self, deter: torch.Tensor) -> torch.Tensor:
+        """Prior logits (...,S,K) of h (...,D)."""
+        return self.prior_head(deter).unflatten(-1, (self.stoch, self.classes))
+
+    def imagine_step(self, weights: dict, deter, stoch, action, noise) -> tuple:
+        """One step without observation: (N,D), (N,S*K), action (N,A), noise (N,S,K) -> h', z' ~ p(z' | h')."""
+        deter = self.core(weights, deter, stoch, self.action_row(weights, action.to(deter.dtype)))
+        return deter, sample_onehot(unimix(self.prior(deter), self.mix), noise).to(deter.dtype).flatten(1)
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward and continue heads for width d: h has 8d units, z has 32 groups of d/16 classes."""
+
+    def __init__(self, shapes: dict, action_dim: int, args: Args):
+        super().__init__()
+        d, stoch = SIZES[args.size], 32
+        deter, classes = 8 * d, d // 16
+        self.args, self.feat = args, deter + stoch * classes
+        self.encoder = Encoder(shapes, d, d // 16)
+        self.rssm = RSSM(deter, d, stoch, classes, 8, action_dim, self.encoder.tokens, args.unimix)
+        self.decoder = Decoder(shapes, deter, stoch * classes, d, d // 16)
+        self.reward = head(self.feat, d, 1, 255, 0.0)  # D2: its zero output layer predicts exactly 0 at first
+        self.cont = head(self.feat, d, 1, 1, 1.0)
+        self.register_buffer("bins", symexp_bins(), persistent=False)
+
+    def pack(self, stoch: torch.Tensor) -> torch.Tensor:
+        """One-hot z (...,S*K) -> class indices (...,S), as replay keeps them."""
+        return stoch.unflatten(-1, (self.rssm.stoch, -1)).argmax(-1)
+
+    def unpack(self, indices: torch.Tensor) -> torch.Tensor:
+        """The inverse of `pack`."""
+        return (indices[..., None] == torch.arange(self.rssm.classes, device=indices.device)).flatten(-2).float()
+
+    def loss(self, batch: dict, noise: torch.Tensor) -> tuple[dict, dict, dict]:
+        """Replay rows (T+1,B,...), noise (T,B,S,K) -> losses (T,B), posterior {deter, stoch} (T,B,...), metrics."""
+        carry, obs = split_context(batch)
+        deter, stoch, post_logits = self.rssm.observe(
+            self.encoder(obs), carry["action"], obs["is_first"], carry["deter"], self.unpack(carry["stoch"]), noise)
+        prior_logits = self.rssm.prior(deter)
+        dyn, rep, kl = kl_losses(post_logits, prior_logits, self.args.unimix, self.args.free_nats)
+        feat = torch.cat([deter, stoch], -1)
+        # soft target: the continue head learns gamma * (1 - is_terminal), so a dream needs no other discount
+        target = (1 - obs["is_terminal"].float()) * self.args.gamma
+        losses = dict(
+            self.decoder.loss(deter, stoch, obs), dyn=dyn, rep=rep,
+            reward=twohot_loss(at_least_float32(self.reward(feat)), obs["reward"], self.bins),
+            cont=F.binary_cross_entropy_with_logits(at_least_float32(self.cont(feat))[..., 0], target, reduction="none"))
+        metrics = {"wm/kl": kl.mean(), "wm/kl_free_share": (kl < self.args.free_nats).float().mean()}
+        for name, logits in (("post", post_logits), ("prior", prior_logits)):
+            metrics[f"wm/{name}_entropy"] = entropy(log_unimix(logits.detach(), self.args.unimix)).sum(-1).mean()
+        return losses, dict(deter=deter, stoch=stoch), metrics
+
+
+# ======== 8. behaviour ========
+
+
+class ReturnNorm(nn.Module):  # D7
+    """Running 5th and 95th percentile of returns; advantages are divided by max(1, their distance). Eq. 8 (arXiv:2301.04104v2).
+
+    S = EMA(Per95 - Per5, 0.99): 0.99 is the share of the old value. Both percentiles start at 0 without bias correction
+    (official), so the divisor is 1 for some hundred updates."""
+
+    def __init__(self, rate: float = 0.01, limit: float = 1.0):
+        super().__init__()
+        self.rate, self.limit = rate, limit
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+        self.register_buffer("levels", torch.tensor([0.05, 0.95]), persistent=False)
+
+    def forward(self, ret: torch.Tensor) -> torch.Tensor:
+        """Update with all returns of the batch (any shape), over all ranks; -> the divisor ()."""
+        low, high = torch.quantile(gather_ranks(ret.flatten()), self.levels)
+        self.low.lerp_(low, self.rate)
+        self.high.lerp_(high, self.rate)
+        return (self.high - self.low).clamp(min=self.limit)
+
+
+class Behaviour(nn.Module):
+    """Actor, critic and slow critic on feat = [h, z], trained in dreams. Source: `agent.imag_loss`, `agent.repl_loss`."""
+
+    def __init__(self, feat: int, action_dim: int, discrete: bool, args: Args):
+        super().__init__()
+        d = SIZES[args.size]
+        self.args, self.discrete, self.action_dim = args, discrete, action_dim
+        self.actor = head(feat, d, 3, action_dim if discrete else 2 * action_dim, 0.01)
+        self.critic = head(feat, d, 3, 255, 0.0)
+        self.slow_critic = head(feat, d, 3, 255, 0.0).requires_grad_(False)
+        self.slow_critic.load_state_dict(self.critic.state_dict())
+        self.return_norm = ReturnNorm()
+        self.register_buffer("bins", symexp_bins(), persistent=False)
+
+    def policy(self, feat: torch.Tensor) -> Categorical | BoundedNormal:
+        raw = self.actor(feat)
+        return Categorical(raw, self.args.actor_unimix) if self.discrete else BoundedNormal(raw)
+
+    def noise(self, *lead: int, device: torch.device) -> torch.Tensor:
+        """What `policy(...).sample` consumes, (*lead,A): Exp(1) for a categorical race, N(0,1) for a Gaussian."""
+        noise = torch.empty(*lead, self.action_dim, device=device)
+        return noise.exponential_() if self.discrete else noise.normal_()
+
+    @torch.no_grad()  # REINFORCE needs no gradient through the dream: states and actions are constants of both losses
+    def imagine(self, rssm: RSSM, deter, stoch, noise_action, noise_stoch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Roll the policy out from (N,D), (N,S*K) with noise (H,N,A), (H,N,S,K) -> feat (H+1,N,F), action (H,N,A)."""
+        weights = rssm.scan_weights(deter.dtype, defer=False)
+        feats, actions = [torch.cat([deter, stoch], -1)], []
+        for action_noise, stoch_noise in zip(noise_action, noise_stoch):
+            actions.append(self.policy(feats[-1]).sample(action_noise))
+            deter, stoch = rssm.imagine_step(weights, deter, stoch, actions[-1], stoch_noise)
+            feats.append(torch.cat([deter, stoch], -1))
+        return torch.stack(feats), torch.stack(actions)
+
+    def value_loss(self, logits: torch.Tensor, ret: torch.Tensor, slow_value: torch.Tensor) -> torch.Tensor:  # D8
+        """Two-hot regression on the return, and on the slow critic's mean as regulariser; targets carry no gradient."""
+        return twohot_loss(logits, ret.detach(), self.bins) + twohot_loss(logits, slow_value.detach(), self.bins)
+
+    def imagination_losses(self, policy, action, value_logits, slow_value, reward, cont) -> tuple[dict, torch.Tensor, dict]:
+        """Actor and critic losses (H,N), returns (H,N), metrics; from `policy` on s_0..s_{H-1}, action (H,N,A), and the
+        predictions for s_0..s_H, (H+1,N). Eq. 5 to 7 (arXiv:2301.04104v2) as losses, with the continuation weight."""
+        value = twohot_mean(value_logits.detach(), self.bins)
+        ret = lambda_return(reward, value, cont, torch.full_like(cont, self.args.lam))  # online critic; gamma is in cont
+        weight = cont.cumprod(0)[:-1]  # w_0 = c_0, not 1: a dream that starts at a terminal state teaches nothing
+        scale = self.return_norm(ret)  # D7: updated before use
+        advantage = (ret - value[:-1]) / scale  # a constant for the actor: all its inputs were made without gradient
+        bonus = policy.entropy()
+        losses = dict(
+            policy=-weight * (policy.log_prob(action) * advantage.detach() + self.args.ent_coef * bonus),  # D10
+            value=weight * self.value_loss(value_logits[:-1], ret, slow_value[:-1]))
+        metrics = {"ac/entropy": bonus.mean(), "ac/return": ret.mean(), "ac/return_scale": scale,
+                   "ac/value": value.mean(), "ac/advantage_abs": advantage.abs().mean(),
+                   "ac/imag_reward": reward.mean(), "ac/imag_cont": cont.mean()}
+        return losses, ret, {k: v.detach() for k, v in metrics.items()}
+
+    def replay_losses(self, value_logits, slow_value, boot, reward, is_last, is_terminal) -> tuple:  # D8
+        """Critic on replayed states, inputs (T,B), `boot` = R_0 of the dream from each state; -> loss, return (T-1,B).
+
+        Here gamma is explicit and the terminal flag hard. A truncated step has weight 0; the one before bootstraps."""
+        live = (1 - is_terminal.float()) * self.args.gamma
+        ret = lambda_return(reward, boot, live, (1 - is_last.float()) * self.args.lam)
+        return (1 - is_last[:-1].float()) * self.value_loss(value_logits[:-1], ret, slow_value[:-1]), ret
+
+    @torch.no_grad()
+    def slow_value(self, feat: torch.Tensor) -> torch.Tensor:
+        return twohot_mean(at_least_float32(self.slow_critic(feat)), self.bins)
+
+    def loss(self, world: WorldModel, post: dict, batch: dict, noise_action, noise_stoch) -> tuple[dict, dict]:
+        """All behaviour losses from the posterior (T,B,...) of rows 1..T of `batch`; every state starts one dream."""
+        feat, action = self.imagine(world.rssm, post["deter"].detach().flatten(0, 1), post["stoch"].detach().flatten(0, 1),
+                                    noise_action, noise_stoch)
+        with torch.no_grad():  # the behaviour must not bend the world model
+            reward = twohot_mean(at_least_float32(world.reward(feat)), world.bins)
+            cont = at_least_float32(world.cont(feat))[..., 0].sigmoid()
+        losses, ret, metrics = self.imagination_losses(
+            self.policy(feat[:-1]), action, at_least_float32(self.critic(feat)), self.slow_value(feat), reward, cont)
+        feat = torch.cat([post["deter"], post["stoch"]], -1)  # on replay the critic does train the world model (official)
+        losses["repval"], _ = self.replay_losses(
+            at_least_float32(self.critic(feat)), self.slow_value(feat), ret[0].unflatten(0, feat.shape[:2]),
+            batch["reward"][1:], batch["is_last"][1:], batch["is_terminal"][1:])
+        return losses, metrics
+
+
+# ======== 9. update ========
+
+
+class LaProp:  # D6
+    """Adaptive gradient clipping, RMS normalisation, then momentum. Source: `opt.py`, `Agent._make_opt`.
+
+    Per tensor: g /= max(1, |g| / (agc max(1e-3, |p|)));  v <- b2 v + (1-b2) g^2;  m <- b1 m + (1-b1) g / sqrt(v^);
+    p -= lr_k m^, where ^ is bias correction. The step counter is a tensor: no host reads. b2 is the code's (paper .99)."""
+
+    def __init__(self, params, lr: float, warmup: int, agc: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-20):
+        self.params = [p for p in params if p.requires_grad]
+        self.lr, self.warmup, self.agc, self.beta1, self.beta2, self.eps = lr, warmup, agc, beta1, beta2, eps
+        self.count = torch.zeros((), device=self.params[0].device)
+        self.square, self.momentum = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
+
+    @torch.no_grad()
+    def step(self) -> dict[str, torch.Tensor]:
+        """One update from `p.grad`, then cleared. Metrics: gradient norm before clipping, share of tensors clipped."""
+        grads = [p.grad for p in self.params]
+        grad_norm, param_norm = (torch.stack(torch._foreach_norm(x)) for x in (grads, self.params))
+        clip = grad_norm / (self.agc * param_norm.clamp(min=1e-3))
+        torch._foreach_div_(grads, list(clip.clamp(min=1).unbind()))
+        self.count += 1
+        correct1, correct2 = (-torch.expm1(self.count * math.log(b)) for b in (self.beta1, self.beta2))  # 1 - b^k
+        torch._foreach_mul_(self.square, self.beta2)
+        torch._foreach_addcmul_(self.square, grads, grads, 1 - self.beta2)
+        scale = torch._foreach_div(self.square, correct2)
+        torch._foreach_sqrt_(scale)
+        torch._foreach_add_(scale, self.eps)
+        torch._foreach_div_(grads, scale)
+        torch._foreach_lerp_(self.momentum, grads, 1 - self.beta1)
+        # linear warm-up from 0: the first update changes nothing (official)
+        lr = self.lr * ((self.count - 1) / self.warmup).clamp(max=1) if self.warmup else self.lr
+        torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, lr / correct1))
+        for p in self.params:
+            p.grad = None
+        return {"grad/norm": grad_norm.norm(), "grad/clipped_share": (clip > 1).float().mean()}
+
+    def state_dict(self) -> dict:
+        return dict(count=self.count, square=self.square, momentum=self.momentum)
+
+    def load_state_dict(self, state: dict) -> None:
+        saved = [state["count"], *state["square"], *state["momentum"]]
+        for mine, other in zip([self.count, *self.square, *self.momentum], saved, strict=True):
+            mine.copy_(other)
+
+
+# ==== shared: distributed ====
+def start_ranks(device: str) -> tuple[int, int, int]:
+    """(rank, local rank, world size); under torchrun starts the process group, nccl on CUDA and gloo elsewhere."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), world_size
+
+
+def gather_ranks(x: torch.Tensor) -> torch.Tensor:
+    """(n,) of every rank -> (world_size*n,), for statistics of the joint batch."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def average_ranks(tensors: list[torch.Tensor]) -> None:
+    """Mean over ranks in place, as one flat message: with equal shards, the gradient of the joint batch."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, part in zip(tensors, (flat / dist.get_world_size()).split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))
+
+
+def sum_ranks(values: list, device: torch.device) -> list[float]:
+    """Sum over ranks of numbers that all ranks must agree on."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor([float(v) for v in values], device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def share_text(text: str) -> str:
+    """Rank 0's text on every rank."""
+    box = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+# ==== end shared ====
+
+
+def autocast(args: Args, device: torch.device):
+    """bf16 for matrix products and convolutions where --precision says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False)
+
+
+class Agent(nn.Module):
+    """World model and behaviour: the policy for the environment, and the one loss of an update."""
+
+    def __init__(self, shapes: dict, action_dim: int, discrete: bool, args: Args):
+        super().__init__()
+        self.args = args
+        self.world = WorldModel(shapes, action_dim, args)
+        self.behaviour = Behaviour(self.world.feat, action_dim, discrete, args)
+
+    def initial(self, num_envs: int, device: torch.device) -> dict:
+        """State before the first observation: h, z and the previous action are zero."""
+        deter = self.world.rssm.deter
+        sizes = dict(deter=deter, stoch=self.world.feat - deter, action=self.behaviour.action_dim)
+        return {k: torch.zeros(num_envs, n, device=device) for k, n in sizes.items()}
+
+    @torch.no_grad()
+    def act(self, row: dict, state: dict) -> dict:
+        """Row (N,...) and state -> new {deter, stoch, action}; always sampled, in evaluation too (official)."""
+        device, rssm = state["deter"].device, self.world.rssm
+        obs = {k: torch.as_tensor(v, device=device)[None] for k, v in row.items()}
+        noise = torch.empty(1, len(state["deter"]), rssm.stoch, rssm.classes, device=device).exponential_()
+        with autocast(self.args, device):
+            tokens = self.world.encoder.forward(obs)  # .forward: not the compiled call, whose shapes are the batch's
+            (deter,), (stoch,), _ = rssm.observe(
+                tokens, state["action"][None], obs["is_first"], state["deter"], state["stoch"], noise)
+            policy = self.behaviour.policy(torch.cat([deter, stoch], -1))
+        return dict(deter=deter, stoch=stoch, action=policy.sample(self.behaviour.noise(len(deter), device=device)))
+
+    def noise(self, batch_size: int, device: torch.device) -> dict:
+        """All random numbers of one update, drawn at once: posterior, imagined actions, imagined latents."""
+        time, horizon, rssm = self.args.batch_length, self.args.imag_horizon, self.world.rssm
+        groups, rollouts = (rssm.stoch, rssm.classes), time * batch_size
+        return dict(post=torch.empty(time, batch_size, *groups, device=device).exponential_(),
+                    action=self.behaviour.noise(horizon, rollouts, device=device),
+                    prior=torch.empty(horizon, rollouts, *groups, device=device).exponential_())
+
+    def loss(self, batch: dict, noise: dict) -> tuple[torch.Tensor, dict, dict]:
+        """Replay rows (T+1,B,...) -> scalar loss, posterior latents for replay, metrics. Eq. 2 (arXiv:2301.04104v2)."""
+        with autocast(self.args, batch["deter"].device):
+            losses, post, metrics = self.world.loss(batch, noise["post"])
+            more, ac_metrics = self.behaviour.loss(self.world, post, batch, noise["action"], noise["prior"])
+        scales = dict(dyn=self.args.beta_dyn, rep=self.args.beta_rep, repval=self.args.beta_repval)  # all others 1
+        means = {k: v.mean() for k, v in {**losses, **more}.items()}
+        total = sum(scales.get(k, 1.0) * v for k, v in means.items())  # D10
+        metrics.update(ac_metrics, **{f"losses/{k}": v.detach() for k, v in means.items()})
+        return total, {k: v.detach() for k, v in post.items()}, metrics
+
+    def compile_regions(self) -> None:
+        """Compile the step functions and the large batched modules; never the unrolled scan (minutes, and no faster)."""
+        rssm = self.world.rssm
+        for module in (self.world.encoder, self.world.decoder, self.world.reward, self.world.cont, self.behaviour.critic):
+            module.compile(dynamic=False)
+        rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
+        rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
+        rssm.compiled = True
+
+
+def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_size: int) -> dict[str, torch.Tensor]:
+    """One update: sample, loss, backward, optimiser, slow critic, latents back to replay. No host reads; -> metrics ()."""
+    device = optimizer.count.device
+    batch, index = replay.sample(batch_size, agent.args.batch_length + 1)
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    loss, post, metrics = agent.loss(batch, agent.noise(batch_size, device))
+    loss.backward()
+    average_ranks([p.grad for p in optimizer.params])
+    metrics.update(optimizer.step())
+    slow, online = (list(m.parameters()) for m in (agent.behaviour.slow_critic, agent.behaviour.critic))
+    torch._foreach_lerp_(slow, online, agent.args.slow_rate)  # slow <- 0.98 slow + 0.02 online
+    replay.write(index[1:], deter=post["deter"], stoch=agent.world.pack(post["stoch"]))  # D9
+    return metrics
+
+
+# ======== 10. evaluate and dream ========
+
+
+# ==== shared: episode accounting ====
+class Episodes:
+    """Return and length of the running episode of each environment; the resetting row counts for neither."""
+
+    def __init__(self, num_envs: int):
+        self.ret, self.length, self.last = np.zeros(num_envs), np.zeros(num_envs, int), math.nan
+
+    def update(self, row: dict) -> list[tuple[int, float, int]]:
+        """Take one row (N,...); -> (environment, return, length) of each episode that ended with it."""
+        self.ret = np.where(row["is_first"], 0, self.ret + row["reward"])
+        self.length = np.where(row["is_first"], 0, self.length + 1)
+        ended = [(int(i), float(self.ret[i]), int(self.length[i])) for i in np.flatnonzero(row["is_last"])]
+        self.last = ended[-1][1] if ended else self.last
+        return ended
+
+
+ATARI_100K = dict(  # random and human score of the 26 games
+    Alien=(227.8, 7127.7), Amidar=(5.8, 1719.5), Assault=(222.4, 742.0), Asterix=(210.0, 8503.3),
+    BankHeist=(14.2, 753.1), BattleZone=(2360.0, 37187.5), Boxing=(0.1, 12.1), Breakout=(1.7, 30.5),
+    ChopperCommand=(811.0, 7387.8), CrazyClimber=(10780.5, 35829.4), DemonAttack=(152.1, 1971.0), Freeway=(0.0, 29.6),
+    Frostbite=(65.2, 4334.7), Gopher=(257.6, 2412.5), Hero=(1027.0, 30826.4), Jamesbond=(29.0, 302.8),
+    Kangaroo=(52.0, 3035.0), Krull=(1598.0, 2665.5), KungFuMaster=(258.5, 22736.3), MsPacman=(307.3, 6951.6),
+    Pong=(-20.7, 14.6), PrivateEye=(24.9, 69571.3), Qbert=(163.9, 13455.0), RoadRunner=(11.5, 7845.0),
+    Seaquest=(68.4, 42054.7), UpNDown=(533.4, 11693.2))
+
+
+def human_normalised(env_id: str, score: float) -> dict[str, float]:
+    """0 is random play, 1 a human; empty for other environments than the 26 games."""
+    low, high = ATARI_100K.get(env_id.removeprefix("ALE/").removesuffix("-v5"), (0, 0))
+    return {"eval/human_normalised": (score - low) / (high - low)} if high else {}
+# ==== end shared ====
+
+
+# ==== shared: evaluation ====
+def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, float], list]:
+    """`eval_episodes` whole episodes in fresh environments -> metrics, and the frames of the first one if it has images.
+
+    Every environment plays the same number of episodes, so short ones are not favoured."""
+    num_envs = min(args.eval_episodes, 16)
+    quota, envs = -(-args.eval_episodes // num_envs), make_envs(args, num_envs, args.seed + 10_000)
+    episodes, state, row = Episodes(num_envs), agent.initial(num_envs, device), envs.reset()
+    done, frames = [[] for _ in range(num_envs)], []
+    while min(map(len, done)) < quota:
+        for env, ret, length in episodes.update(row):
+            done[env].append((ret, length))
+        if "image" in row and not done[0]:
+            frames.append(to_rgb(row["image"][0]))
+        state = agent.act(row, state)
+        row = envs.step(state["action"].cpu().numpy())
+    returns, lengths = zip(*[episode for env in done for episode in env[:quota]])
+    metrics = {"eval/episodic_return": float(np.mean(returns)), "eval/return_std": float(np.std(returns)),
+               "eval/episodic_length": float(np.mean(lengths)), **human_normalised(args.env_id, float(np.mean(returns)))}
+    print(f"evaluation at step {step}, {len(returns)} episodes: "
+          + ", ".join(f"{k.removeprefix('eval/')} {v:.3g}" for k, v in metrics.items()))
+    return metrics, frames
+
+
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """(Y,X,C) uint8 with any C -> (Y,X,3): gray is repeated, of stacked images the first is shown."""
+    return image[..., :3] if image.shape[-1] >= 3 else image[..., :1].repeat(3, -1)
+
+
+def video_frame(rows: list[np.ndarray], text: list[str], scale: int = 2) -> np.ndarray:
+    """Rows of images (B,Y,X,C) uint8 and a text per column -> one RGB frame, the text in a strip below."""
+    grid = np.concatenate([np.concatenate([to_rgb(image) for image in row], 1) for row in rows], 0)
+    grid = grid.repeat(scale, 0).repeat(scale, 1)
+    frame = Image.fromarray(np.pad(grid, ((0, 14), (0, 0), (0, 0))))
+    for i, words in enumerate(text):
+        ImageDraw.Draw(frame).text((2 + i * grid.shape[1] // len(text), grid.shape[0]), words, fill="white")
+    return np.asarray(frame)
+
+
+def log_results(metrics: dict, frames: list, writer: SummaryWriter, path: Path, tag: str, step: int) -> None:
+    """Scalars, and RGB frames (Y,X,3) uint8 as a GIF file that is also an image summary (TensorBoard plays it)."""
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    if frames:
+        images = [Image.fromarray(f).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for f in frames]
+        buffer = io.BytesIO()
+        images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+        height, width, _ = frames[0].shape
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+# ==== end shared ====
+
+
+@torch.no_grad()
+def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int = 4, context: int = 5) -> tuple[dict, list]:
+    """GIF frames with rows truth, model, error for `count` replayed sequences: the first `context` steps from the posterior,
+    the rest imagined with the recorded actions; below, predicted reward and continue. And the image error of both parts."""
+    batch, _ = replay.sample(count, args.batch_length + 1)
+    device, world, rssm = next(agent.parameters()).device, agent.world, agent.world.rssm
+    carry, obs = split_context({k: v.to(device) for k, v in batch.items()})
+    noise = torch.empty(args.batch_length, count, rssm.stoch, rssm.classes, device=device).exponential_()
+    tokens = world.encoder.forward({k: v[:context] for k, v in obs.items()})
+    deter, stoch, _ = rssm.observe(tokens, carry["action"][:context], obs["is_first"][:context], carry["deter"].float(),
+                                   world.unpack(carry["stoch"]), noise)
+    states, weights = list(zip(deter, stoch)), rssm.scan_weights(deter.dtype, defer=False)
+    for action, step_noise in zip(carry["action"][context:], noise[context:]):
+        states.append(rssm.imagine_step(weights, *states[-1], action, step_noise))
+    deter, stoch = (torch.stack(x) for x in zip(*states))
+    feat, model, truth = torch.cat([deter, stoch], -1), world.decoder.forward(deter, stoch)["image"], obs["image"] / 255
+    error = (model - truth).square().flatten(2).sum(-1)
+    metrics = {"dream/image_error_posterior": error[:context].mean().item(),
+               "dream/image_error_imagined": error[context:].mean().item()}
+    rows = [(x * 255).byte().cpu().numpy() for x in (truth, model, (model - truth + 1) / 2)]
+    reward, cont = twohot_mean(world.reward(feat), world.bins).tolist(), world.cont(feat)[..., 0].sigmoid().tolist()
+    frames = []
+    for t in range(args.batch_length):
+        kind = "imag" if t >= context else "post"
+        text = [f"{kind} r{r:+.1f} c{c:.2f}" for r, c in zip(reward[t], cont[t])]
+        frames.append(video_frame([row[t] for row in rows], text))
+    return metrics, frames
+
+
+# ======== 11. checkpoint and logging ========
+
+
+# ==== shared: checkpoint ====
+def save_atomic(payload: dict, path: Path) -> None:
+    """Write, fsync, replace; the file before stays as *_prev. A kill or full disk at any moment leaves a loadable file."""
+    part = path.with_suffix(".tmp")
+    with open(part, "wb") as file:
+        torch.save(payload, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, path.with_stem(path.stem + "_prev"))
+    os.replace(part, path)
+
+
+def load_checkpoint(path: Path, name: str = "checkpoint.pt") -> dict:
+    """The checkpoint in a run directory, or a file: plain data (weights_only). Damaged or foreign: one line, status 2."""
+    file = path / name if path.is_dir() else path
+    previous = file.with_stem(file.stem.removesuffix("_prev") + "_prev")
+    if not file.exists():
+        file = previous  # killed between the two renames of save_atomic
+    if not file.exists():
+        fail(f"no {name} in {path}")
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        algorithm = saved["algorithm"]
+    except Exception as error:  # damaged pickles raise anything
+        fail(f"{file} is damaged ({type(error).__name__}); the one before it is {previous}")
+    if algorithm != Path(__file__).stem:
+        fail(f"{file} was made by {algorithm}.py")
+    return saved
+
+
+def run_name(args) -> str:
+    return f"{re.sub('[/:]', '_', args.env_id)}__{args.exp_name}__{args.seed}__"
+
+
+def find_run(args) -> Path | None:
+    """What --resume names; with `auto` the newest run of the same name that has a checkpoint; None for a new run."""
+    if args.resume == "auto":
+        found = [p for p in Path(args.run_dir).glob(run_name(args) + "*") if any(p.glob("checkpoint*.pt"))]
+        return max(found, key=lambda p: p.stat().st_mtime, default=None)
+    return Path(args.resume) if args.resume else None
+
+
+def start_run(args) -> tuple[Path, SummaryWriter]:
+    """Make (or reopen) the run directory: arguments, a copy of the script, versions, TensorBoard."""
+    run = Path(args.resume or Path(args.run_dir) / f"{run_name(args)}{time.time_ns() // 1_000_000}")
+    run = run if run.is_dir() or not args.resume else run.parent
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
+    shutil.copy(__file__, run / Path(__file__).name)
+    packages = "".join(f"{p} {version(p)}\n" for p in ("torch", "gymnasium", "ale-py", "numpy"))
+    (run / "versions.txt").write_text(f"python {sys.version}\n{packages}")
+    writer = SummaryWriter(str(run))
+    writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
+    return run, writer
+
+
+def check_finite(metrics: dict, step: int, run: Path) -> dict[str, float]:
+    """Metrics as floats, in one transfer to the host. A loss that is not finite stops the run before it is saved."""
+    values = dict(zip(metrics, torch.stack([m.float() for m in metrics.values()]).tolist())) if metrics else {}
+    for name, value in values.items():
+        if name.startswith("losses/") and not math.isfinite(value):
+            fail(f"{name} is {value} at step {step}; stopped, the last good checkpoint stays in {run}")
+    return values
+
+
+class StopSignal:
+    """SIGINT, SIGTERM and SIGUSR1 (Slurm) ask the loop to save and exit 0 after the current step."""
+
+    def __init__(self):
+        self.received = False
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), lambda *_: setattr(self, "received", True))
+# ==== end shared ====
+
+
+# ======== 12. main ========
+
+# On resume these may not change: they decide tensor shapes, the replay layout, or what the numbers mean.
+FIXED = ("env_id", "seed", "num_envs", "size", "image_size", "grayscale", "action_repeat", "full_action_space", "pixels",
+         "precision", "buffer_size")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags, over the arguments of the resumed (or evaluated) run, or over the preset. Bad flags exit with status 2."""
+    # tyro's int rejects 1e6: rewrite integral scientific notation before it looks
+    argv = [re.sub(r"(^|=)(\d+(?:\.\d+)?[eE]\+?\d+)$", lambda m: m[1] + str(int(float(m[2]))), a)
+            for a in (sys.argv[1:] if argv is None else argv)]
+    first = tyro.cli(Args, args=argv)
+    run = Path(first.checkpoint) if first.eval_only else find_run(first)
+    if run is None:
+        return validate(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[first.preset])))
+    saved = load_checkpoint(run, "policy.pt" if first.eval_only else "checkpoint.pt")["args"]
+    args = tyro.cli(Args, args=argv, default=Args(**{**saved, "resume": ""}))
+    for name, old in saved.items():
+        new, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if new != old and name not in ("resume", "eval_only", "checkpoint"):
+            if name in FIXED:
+                fail(f"{flag} cannot change on resume ({old} -> {new}); start a new run instead")
+            print(f"resume: {flag} {old} -> {new}")
+    return validate(replace(args, resume="" if first.eval_only else str(run)))
+
+
+def validate(args: Args) -> Args:
+    """The arguments, if each makes sense and they fit together; else one line and exit status 2."""
+    may_be_zero = ("seed", "learning_starts", "eval_every", "video_every", "warmup", "eval_episodes")
+    for f in fields(Args):
+        value, positive = getattr(args, f.name), "int" in f.type and f.name not in may_be_zero
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= positive):
+            if not isinstance(value, bool):
+                fail(f"--{f.name.replace('_', '-')} must be {'positive' if positive else 'zero or more'}, got {value}")
+    if args.image_size % 16:
+        fail(f"--image-size must be a multiple of 16 (four halvings), got {args.image_size}")
+    if args.train_ratio == 0 or max(args.gamma, args.lam, args.unimix, args.actor_unimix, args.sticky_actions) > 1:
+        fail("--train-ratio must be positive; --gamma, --lam, --sticky-actions and the unimix shares are at most 1")
+    if args.buffer_size // args.num_envs <= args.batch_length:
+        fail(f"--batch-length {args.batch_length} needs {(args.batch_length + 1) * args.num_envs} rows of --buffer-size")
+    return args
+
+
+def resolve(args: Args, device: torch.device) -> Args:
+    """Replace every `auto` by what it stands for here, so that checkpoints and logs hold plain values."""
+    cuda, atari = device.type == "cuda", args.env_id.startswith("ALE/") and not args.pixels
+    return replace(args, size=args.size if args.size != "auto" else "size1m" if device.type == "cpu" else "size12m",
+                   precision=args.precision if args.precision != "auto" else "bf16" if cuda else "fp32",
+                   compile=args.compile if args.compile != "auto" else "on" if cuda else "off",
+                   action_repeat=args.action_repeat or (4 if atari else 1))
+
+
+def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:
+    """Fields of a replay row: name -> (shape, dtype). Latents without loss: h in computation precision, class indices."""
+    flag, rssm = ((), torch.bool), agent.world.rssm
+    obs = {k: (shape, torch.uint8 if k == "image" else torch.float32) for k, shape in shapes.items()}
+    return dict(obs, reward=((), torch.float32), is_first=flag, is_last=flag, is_terminal=flag,
+                action=((agent.behaviour.action_dim,), torch.float32), stoch=((rssm.stoch,), torch.uint8),
+                deter=((rssm.deter,), torch.bfloat16 if args.precision == "bf16" else torch.float32))
+
+
+def make_replay(specs: dict, capacity: int, num_envs: int, args: Args, device: torch.device, folder: Path) -> SequenceReplay:
+    """Replay on the GPU if it fits in half of the free memory there, else in files; prints its size before allocating."""
+    row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+    need, wanted = row * capacity * num_envs, args.buffer_device
+    if wanted == "cuda" and device.type != "cuda":
+        fail("--buffer-device cuda needs --device cuda")
+    fits = device.type == "cuda" and need <= torch.cuda.mem_get_info(device)[0] / 2
+    if wanted == "cuda" and not fits:
+        fail(f"replay needs {need / 2**30:.1f} GiB, over half of the free GPU memory; lower --buffer-size")
+    device = device if fits and wanted != "cpu" else torch.device("cpu")
+    print(f"replay: {capacity * num_envs:,} rows x {row:,} bytes = {need / 2**30:.2f} GiB on {device.type}, in {folder}")
+    folder.mkdir(exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if not any(folder.iterdir()) and need > free:
+        fail(f"replay needs {need / 2**30:.1f} GiB but the disk has {free / 2**30:.1f} GiB free: set --buffer-size "
+             f"{int(0.9 * free / row)} or less, or --run-dir on another disk")
+    return SequenceReplay(specs, capacity, num_envs, device, folder)
+
+
+def main(args: Args) -> None:
+    # ---- set-up: processes, device, environments, networks ----
+    rank, local_rank, world_size = start_ranks(args.device)
+    device = pick_device(args.device, local_rank)
+    args = resolve(args, device)
+    if args.num_envs % world_size or args.batch_size % world_size:
+        fail(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world_size} processes")
+    num_envs, batch_size, length = args.num_envs // world_size, args.batch_size // world_size, args.batch_length + 1
+    envs = make_envs(args, num_envs, args.seed + rank * num_envs)
+    torch.manual_seed(args.seed)  # the same weights on every rank
+    agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args).to(device)
+    if args.eval_only:
+        path = Path(args.checkpoint)
+        saved, run = load_checkpoint(path, "policy.pt"), path if path.is_dir() else path.parent
+        agent.load_state_dict(saved["agent"], strict=False)  # policy.pt holds what acting needs
+        with SummaryWriter(str(run)) as writer:
+            log_results(*evaluate(agent, args, device, saved["step"]), writer, run / "videos" / "eval.gif", "eval/episode", 0)
+        return
+    if args.compile == "on":
+        agent.compile_regions()
+    optimizer = LaProp([p for n, p in agent.named_parameters() if "slow_critic" not in n], args.lr, args.warmup, args.agc)
+    saved = load_checkpoint(Path(args.resume)) if args.resume else None
+    run, writer = start_run(args) if rank == 0 else ("", None)
+    run = Path(share_text(str(run)))
+
+    # ---- the state of a run: everything that a checkpoint holds ----
+    rows = saved["capacity"] if saved else max(length, -(-min(args.buffer_size, args.total_timesteps) // args.num_envs))
+    replay = make_replay(replay_specs(envs.shapes, agent, args), rows, num_envs, args, device, run / f"replay{rank}")
+    step, updates, ratio, metrics = 0, 0, Ratio(args.train_ratio / (args.batch_size * args.batch_length)), {}
+    if saved:
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+        replay.load_state_dict(saved["replay"])
+        step, updates, ratio.previous = saved["step"], saved["updates"], saved["ratio"]
+    torch.manual_seed(args.seed + 1000 * rank + step)
+    if saved and rank == 0:
+        torch.set_rng_state(saved["rng"])
+        if device.type == "cuda" and saved["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_rng"], device)
+
+    def save() -> None:
+        check_finite(metrics, step, run)
+        replay.flush()
+        sum_ranks([0], device)  # wait until every rank has flushed
+        if rank == 0:
+            common = dict(algorithm=Path(__file__).stem, args=asdict(args), step=step)
+            cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            save_atomic(dict(common, agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict(),
+                             capacity=rows, updates=updates, ratio=ratio.previous, rng=torch.get_rng_state(),
+                             cuda_rng=cuda_rng), run / "checkpoint.pt")
+            acting = ("world.encoder", "world.rssm", "behaviour.actor")
+            policy = {k: v for k, v in agent.state_dict().items() if k.startswith(acting)}
+            save_atomic(dict(common, agent=policy), run / "policy.pt")
+
+    def look(evaluation: bool, video: bool) -> None:
+        if video and "image" in replay.data and replay.starts(length):
+            path = run / "videos" / f"dream_{step}.gif"
+            log_results(*open_loop_video(agent, replay, args), writer, path, "dream/open_loop", step)
+        if evaluation and args.eval_episodes:
+            path = run / "videos" / f"eval_{step}.gif"
+            log_results(*evaluate(agent, args, device, step), writer, path, "eval/episode", step)
+
+    if rank == 0:
+        modules = [*agent.world.named_children(), *agent.behaviour.named_children()]
+        counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in modules}
+        print(f"run directory: {run}\ndevice: {device}, {args.precision}, compile {args.compile}, {args.size}\n"
+              f"parameters: {sum(counts.values()):,} (" + ", ".join(f"{k} {v:,}" for k, v in counts.items() if v) + ")\n"
+              f"gradient steps per policy step: {ratio.ratio:g} "
+              f"(train ratio {args.train_ratio:g}, batch {args.batch_size} x {args.batch_length})")
+
+    # ---- the loop: step all environments, act, store, learn ----
+    stop, episodes, clock = StopSignal(), Episodes(num_envs), (time.time(), step, updates)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=rank > 0, smoothing=0.02,
+               mininterval=1 if sys.stderr.isatty() else 10)  # shows steps/s and the measured time left
+    state, row = agent.initial(num_envs, device), envs.reset()
+    enough = min(args.batch_size * args.batch_length, (rows - length + 1) * args.num_envs)  # official: B*T sequences
+    while step < args.total_timesteps:
+        state = agent.act(row, state)
+        state["action"] *= torch.as_tensor(~row["is_last"], device=device)[:, None]  # no action follows an episode's end
+        action = state["action"].cpu().numpy()
+        replay.add(dict(row, action=state["action"], deter=state["deter"], stoch=agent.world.pack(state["stoch"])), length)
+        decisions, stopping = sum_ranks([int((~row["is_first"]).sum()), stop.received], device)
+        before, step = step, step + int(decisions)
+        for _, ret, steps in episodes.update(row):
+            if rank == 0:
+                tqdm.write(f"global_step={step}, episodic_return={ret:g}")
+                writer.add_scalar("charts/episodic_return", ret, step)
+                writer.add_scalar("charts/episodic_length", steps, step)
+
+        ready = step >= args.learning_starts if args.learning_starts else replay.starts(length) * world_size >= enough
+        if ready and replay.starts(length):
+            for _ in range(ratio(replay.rows * args.num_envs)):
+                metrics = train_step(agent, optimizer, replay, batch_size)
+                updates += 1
+        bar.set_postfix(dict(ret=f"{episodes.last:.4g}", updates=updates), refresh=False)
+        bar.update(step - before)
+
+        def reached(every: int) -> bool:
+            return every > 0 and step // every > before // every and step < args.total_timesteps
+
+        if rank == 0 and reached(args.log_every) and metrics:
+            seconds, steps, count = (new - old for new, old in zip((time.time(), step, updates), clock))
+            clock = (time.time(), step, updates)
+            scalars = {"charts/SPS": steps / seconds, "charts/UPS": count / seconds, "charts/frames": step * args.action_repeat}
+            log_results({**scalars, **check_finite(metrics, step, run)}, [], writer, run, "", step)
+        if reached(args.save_every) or stopping:
+            save()
+        if stopping:
+            tqdm.write(f"saved at step {step}; continue with --resume {run}")
+            break
+        if rank == 0:
+            look(reached(args.eval_every), reached(args.video_every))
+        row = envs.step(action)
+    else:
+        save()
+        if rank == 0:
+            look(evaluation=True, video=True)
+    bar.close()
+    if writer:
+        writer.close()
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail(f"the disk is full ({error}); the last checkpoint is intact: free some space, then --resume")

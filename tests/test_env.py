@@ -1,0 +1,378 @@
+"""Environments: Atari against a bare emulator and Pillow, the ends of episodes, mapping of actions and observations."""
+import ale_py
+import envs
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, load
+from gymnasium.spaces import Box, Dict, Discrete
+from PIL import Image
+
+NAMES = [path.stem for path in SCRIPTS]
+RESIZE = dict(dreamer_v1="bilinear", dreamer_v2="area", dreamer_v3="bilinear", iris="bilinear", twm="area",
+              dllm="bilinear", genrl="bilinear")
+# the shared blocks are the same text in every file that has them: one copy is enough
+SHARED = {part: next((load(name) for name in NAMES if hasattr(load(name), part)), None)
+          for part in ("AtariEnvs", "GymEnvs")}
+
+
+def make(name: str, env_id: str, num_envs: int = 1, **flags):
+    """The environments of a script, made as its main does."""
+    script = load(name)
+    return script.make_envs(script.resolve(script.Args(env_id=env_id, **flags), torch.device("cpu")), num_envs, seed=3)
+
+
+def one_hot(index, size: int) -> np.ndarray:
+    return np.eye(size, dtype=np.float32)[np.atleast_1d(index)]
+
+
+def pillow(frame: np.ndarray, size: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def emulator(game: str, noops: int, actions: list[int]):
+    """Maxed raw frame (210,160,3) and summed reward after reset and after each action, from ale-py's bare emulator."""
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    ale = ale_py.ALEInterface()
+    ale.setFloat("repeat_action_probability", 0.0)
+    ale.loadROM(ale_py.roms.get_rom_path(game))
+    for _ in range(noops):
+        ale.act(ale_py.Action.NOOP)
+    yield ale.getScreenRGB(), 0
+    for action in actions:
+        screens, reward = [], 0
+        for _ in range(4):
+            reward += ale.act(ale.getMinimalActionSet()[action])
+            screens.append(ale.getScreenRGB())
+        yield np.maximum(*screens[-2:]), reward
+
+
+def native(env_id: str, size: tuple[int, int], seed: int = 3):
+    """ale-py's vector environment with Dreamer's options, set up here and not in a script."""
+    return gymnasium.make_vec(env_id, num_envs=1, img_height=size[0], img_width=size[1], grayscale=False, stack_num=1,
+                              use_fire_reset=False, reward_clipping=False, repeat_action_probability=0.0)
+
+
+ACTIONS = [int(a) for a in np.random.default_rng(0).integers(0, 9, 150)]  # Ms. Pac-Man: 9 actions, dots are worth 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_atari_frames_and_rewards(name):
+    """64x64 RGB is the resized maximum of the last two of four frames; rewards are neither clipped nor lost; no action
+    is repeated by chance.
+
+    Torch's antialiased bilinear rounds a few values in ten thousand the other way than Pillow."""
+    info = native("ALE/MsPacman-v5", (210, 160)).reset(seed=3)[1]
+    area, envs_ = native("ALE/MsPacman-v5", (64, 64)), make(name, "ALE/MsPacman-v5")
+    row, frames = envs_.reset(), area.reset(seed=3)[0]
+    rewards = []
+    bare = emulator("ms_pacman", int(info["episode_frame_number"][0]), ACTIONS)
+    for action, (frame, reward) in zip([*ACTIONS, None], bare):
+        if RESIZE[name] == "bilinear":
+            off = np.abs(row["image"][0].astype(int) - pillow(frame, 64))
+            assert off.max() <= 1 and off.mean() < 0.01
+        else:
+            np.testing.assert_array_equal(row["image"][0], frames[0, 0])
+        assert row["image"].dtype == np.uint8 and row["reward"].dtype == np.float32 and row["reward"][0] == reward
+        rewards.append(reward)
+        if action is not None:
+            row, frames = envs_.step(one_hot(action, 9)), area.step(np.array([action]))[0]
+    assert max(rewards) >= 10, "the rollout should meet a reward that clipping would change"
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if hasattr(load(n).Args, "grayscale") and RESIZE[n] == "bilinear"])
+def test_atari_grayscale(name):
+    """Gray is made after maximum and resize, truncated."""
+    gray, rgb = (make(name, "ALE/Breakout-v5", image_size=96, grayscale=flag) for flag in (True, False))
+    assert gray.shapes == {"image": (96, 96, 1)} and rgb.shapes == {"image": (96, 96, 3)}
+    frame, colour = gray.reset()["image"], rgb.reset()["image"]
+    for action in ACTIONS[:30]:
+        luma = colour @ [0.299, 0.587, 0.114]
+        assert ((np.floor(luma - 1e-6) <= frame[..., 0]) & (frame[..., 0] <= np.floor(luma + 1e-6))).all()
+        frame, colour = (e.step(one_hot(action % 4, 4))["image"] for e in (gray, rgb))
+    assert len(np.unique(frame)) > 5
+
+
+@pytest.mark.skipif(not SHARED["AtariEnvs"], reason="no script with Atari yet")
+def test_resize_area_is_ale():
+    """`resize_area` of the native frame is what ale-py's own resize gives."""
+    raw, small = native("ALE/Breakout-v5", (210, 160)), native("ALE/Breakout-v5", (64, 64))
+    big, want = raw.reset(seed=3)[0], small.reset(seed=3)[0]
+    for action in ACTIONS[:60]:
+        np.testing.assert_array_equal(SHARED["AtariEnvs"].resize_area(big[:, 0], 64), want[:, 0])
+        big, want = (e.step(np.array([action % 4]))[0] for e in (raw, small))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_atari_sticky_actions(name):
+    """Off: two runs with the same actions and seed are equal. On: they differ from those."""
+    streams = {}
+    for run, sticky in dict(first=0.0, again=0.0, sticky=0.25).items():
+        envs_ = make(name, "ALE/Pong-v5", sticky_actions=sticky)
+        envs_.reset()
+        streams[run] = np.stack([envs_.step(one_hot(action % 6, 6))["image"] for action in ACTIONS[:60]])
+    np.testing.assert_array_equal(streams["first"], streams["again"])
+    assert (streams["first"] != streams["sticky"]).any()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(load(name).Args, "full_action_space")])
+def test_atari_action_sets(name):
+    assert make(name, "ALE/Pong-v5").action_dim == 6
+    assert make(name, "ALE/Pong-v5", full_action_space=True).action_dim == 18
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(load(name).Args, "pixels")])
+def test_atari_is_pixels_already(name):
+    """--pixels changes nothing on Atari: sticky actions, frame skip and action set stay those of the flags."""
+    plain, pixels = make(name, "ALE/Pong-v5"), make(name, "ALE/Pong-v5", pixels=True)
+    np.testing.assert_array_equal(plain.reset()["image"], pixels.reset()["image"])
+    for action in ACTIONS[:40]:
+        np.testing.assert_array_equal(*(e.step(one_hot(action % 6, 6))["image"] for e in (plain, pixels)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_atari_actions_are_in_range(name, monkeypatch):
+    """ale-py hangs for ever on an action out of range: whatever the policy gives, the emulator gets a legal one."""
+    envs_, seen = make(name, "ALE/Pong-v5", num_envs=2), []
+    step = envs_.envs.step
+    monkeypatch.setattr(envs_.envs, "step", lambda action: seen.extend(action) or step(np.clip(action, 0, 5)))
+    envs_.reset()
+    for action in (0.0, -1.0, 1e9, np.nan, np.inf, -np.inf):
+        envs_.step(np.full((2, 6), action, np.float32))
+    envs_.step(one_hot([5, 0], 6))
+    assert set(seen) <= set(range(6)) and seen[-2:] == [5, 0]
+
+
+def atari(**options):
+    return SHARED["AtariEnvs"].AtariEnvs(
+        "ALE/Breakout-v5", num_envs=2, seed=3, size=16, resize="area", grayscale=True, action_repeat=4,
+        sticky_actions=0.0, full_action_space=False, **options)
+
+
+def rollout(envs_, steps: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Fields (T,N,...) of a random rollout."""
+    rng = np.random.default_rng(seed)
+    rows = [envs_.reset()]
+    for _ in range(steps):
+        rows.append(envs_.step(one_hot(rng.integers(0, envs_.action_dim, envs_.num_envs), envs_.action_dim)))
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def check_flags(stream: dict) -> None:
+    """The first row of an episode follows the last one of the one before, brings no reward and is not an end itself."""
+    first, last = stream["is_first"], stream["is_last"]
+    assert first[0].all() and last.any() and (stream["is_terminal"] <= last).all()
+    np.testing.assert_array_equal(first[1:], last[:-1])
+    assert not (first & last).any() and (stream["reward"][first] == 0).all()
+
+
+@pytest.mark.skipif(not SHARED["AtariEnvs"], reason="no script with Atari yet")
+def test_atari_game_over_is_terminal():
+    stream = rollout(atari(), 200)
+    check_flags(stream)
+    np.testing.assert_array_equal(stream["is_terminal"], stream["is_last"])
+
+
+@pytest.mark.skipif(not SHARED["AtariEnvs"], reason="no script with Atari yet")
+def test_atari_time_limit_is_no_death(monkeypatch):
+    make_vec = gymnasium.make_vec
+    limit = dict(max_num_frames_per_episode=80)
+    monkeypatch.setattr(gymnasium, "make_vec", lambda env_id, **options: make_vec(env_id, **{**options, **limit}))
+    stream = rollout(atari(), 60)
+    check_flags(stream)
+    assert not stream["is_terminal"].any()
+
+
+@pytest.mark.skipif(not SHARED["AtariEnvs"], reason="no script with Atari yet")
+def test_atari_lost_life():
+    """With `life_loss` a lost life is terminal and the game goes on: the same frames, the last of five lives resets."""
+    plain, lives = rollout(atari(), 200), rollout(atari(life_loss=True), 200)
+    for field in ("image", "reward", "is_first"):
+        np.testing.assert_array_equal(plain[field], lives[field])
+    np.testing.assert_array_equal(lives["is_terminal"], lives["is_last"])
+    ends, over = lives["is_last"].sum(0), plain["is_last"].sum(0)
+    assert (over > 0).all() and (ends >= 5 * over).all() and (ends < 5 * (over + 1)).all()
+
+
+class Probe(gymnasium.Env):
+    """Remembers the actions it gets."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space, self.seen = observation_space, action_space, []
+
+    def reset(self, *, seed=None, options=None):
+        self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.seen.append(action)
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+for env_id, kwargs in dict(Truncated=dict(end="truncate"), Terminated={}).items():
+    gymnasium.register(f"{env_id}-v0", entry_point=envs.Scripted, kwargs=kwargs)
+gymnasium.register("ShortCartPole-v0", entry_point="gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=5)
+needs_gym_envs = pytest.mark.skipif(not SHARED["GymEnvs"], reason="no script with GymEnvs yet")
+
+
+def gym_envs(env_id: str, num_envs: int = 2, size: int = 16, action_repeat: int = 1, pixels: bool = False):
+    return SHARED["GymEnvs"].GymEnvs(env_id, num_envs, 3, size, action_repeat, pixels)
+
+
+def probe(observation_space=Box(-1, 1, (2,)), action_space=Discrete(3)):
+    """Environments (one copy) with these spaces, and the list of actions that arrive in it."""
+    spaces = dict(observation_space=observation_space, action_space=action_space)
+    gymnasium.register("Probe-v0", entry_point=Probe, kwargs=spaces)
+    try:
+        envs_ = gym_envs("Probe-v0", num_envs=1)
+    finally:
+        del gymnasium.registry["Probe-v0"]
+    return envs_, envs_.envs.envs[0].unwrapped.seen
+
+
+@needs_gym_envs
+@pytest.mark.parametrize("env_id, terminal", [
+    ("Terminated-v0", True), ("Truncated-v0", False), ("ShortCartPole-v0", False)])
+def test_termination_is_not_truncation(env_id, terminal):
+    stream = rollout(gym_envs(env_id), 20)
+    check_flags(stream)
+    np.testing.assert_array_equal(stream["is_terminal"], stream["is_last"] & terminal)
+
+
+@needs_gym_envs
+def test_rows_are_aligned_with_their_cause():
+    """obs_t and reward_t are caused by action_{t-1}; the step after an end ignores its action and shows the reset."""
+    envs_ = gym_envs("Terminated-v0", num_envs=1)
+    row, told = envs_.reset(), []
+    for t in range(16):
+        told.append((row["obs"][0].tolist(), float(row["reward"][0])))
+        row = envs_.step(one_hot(t % 3, 3))
+    within = [(t % 8, t // 8) for t in range(16)]  # seven steps and the reset: each episode takes eight rows
+    assert told == [([step, (8 * episode + step - 1) % 3 + 1 if step else 0, 1], step) for step, episode in within]
+
+
+@needs_gym_envs
+def test_seeds():
+    """The same seed gives the same start, each environment its own."""
+    first, again = (gym_envs("CartPole-v1").reset()["obs"] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert (first[0] != first[1]).any() and first.dtype == np.float32 and first.shape == (2, 4)
+
+
+@needs_gym_envs
+def test_box_actions_are_mapped_to_their_bounds():
+    """[-1, 1] covers finite bounds, larger values are clipped first; an unbounded dimension gets the clipped value."""
+    space = Box(np.array([-2, 0, -np.inf, 10], np.float32), np.array([4, 1, np.inf, 20], np.float32))
+    envs_, seen = probe(action_space=space)
+    envs_.reset()
+    assert not envs_.discrete and envs_.action_dim == 4
+    for action in ([0, 0, 0, 0], [-1, -1, -1, -1], [1, 1, 1, 1], [9, -9, 9, -9], [0.5, 0.5, 0.5, 0.5]):
+        envs_.step(np.array([action], np.float32))
+    want = [[1, 0.5, 0, 15], [-2, 0, -1, 10], [4, 1, 1, 20], [4, 0, 1, 10], [2.5, 0.75, 0.5, 17.5]]
+    np.testing.assert_allclose(seen, want, rtol=1e-6)
+    assert all(space.contains(action) for action in seen)
+
+
+@needs_gym_envs
+def test_box_actions_of_any_shape():
+    envs_, seen = probe(action_space=Box(-1, 3, (2, 2)))
+    envs_.reset()
+    envs_.step(np.array([[-1, 0, 0.5, 1]], np.float32))
+    np.testing.assert_allclose(seen, [[[-1, 1], [2, 3]]])
+
+
+@needs_gym_envs
+def test_discrete_actions_with_an_offset():
+    envs_, seen = probe(action_space=Discrete(3, start=5))
+    envs_.reset()
+    for action in range(3):
+        envs_.step(one_hot(action, 3))
+    assert envs_.discrete and envs_.action_dim == 3 and [int(action) for action in seen] == [5, 6, 7]
+
+
+@needs_gym_envs
+def test_dict_observations():
+    """Vectors are flattened to float32, images are resized and stacked by channel in the order of their names."""
+    space = Dict(b=Box(0, 255, (16, 16, 1), np.uint8), a=Box(0, 255, (32, 24, 3), np.uint8),
+                 v=Box(-1, 1, (2, 2), np.float64), s=Box(0, 1, (), np.float32))
+    envs_, _ = probe(observation_space=space)
+    row = envs_.reset()
+    space.seed(3)
+    obs = space.sample()
+    assert envs_.shapes == {"image": (16, 16, 4), "v": (4,), "s": (1,)}
+    np.testing.assert_array_equal(row["image"][0, ..., 3:], obs["b"])
+    np.testing.assert_array_equal(row["image"][..., :3], SHARED["GymEnvs"].resize_area(obs["a"][None], 16))
+    np.testing.assert_array_equal(row["v"][0], obs["v"].flatten().astype(np.float32))
+    np.testing.assert_array_equal(row["s"], np.array([[obs["s"]]]))
+    assert row["v"].dtype == np.float32 and row["image"].dtype == np.uint8
+
+
+@needs_gym_envs
+def test_toy_dict():
+    stream = rollout(gym_envs("CountingDict-v0"), 9)
+    shapes = {key: value.shape[2:] for key, value in stream.items() if value.ndim > 2}
+    assert shapes == dict(image=(16, 16, 3), vector=(4,), scalar=(1,))
+    np.testing.assert_array_equal(stream["scalar"][:, 0, 0], [*range(8), 0, 1])
+
+
+@needs_gym_envs
+def test_action_repeat():
+    """Rewards (1, 2, 3, ...) are summed; the episode of seven steps ends in the middle of the third repetition."""
+    stream = rollout(gym_envs("Terminated-v0", num_envs=1, action_repeat=3), 4)
+    assert stream["reward"][:, 0].tolist() == [0, 1 + 2 + 3, 4 + 5 + 6, 7, 0]
+    assert stream["obs"][:, 0, 0].tolist() == [0, 3, 6, 7, 0]
+    assert stream["is_last"][:, 0].tolist() == [False, False, False, True, False]
+
+
+@needs_gym_envs
+def test_pixels():
+    """--pixels shows the rendered picture, and nothing else."""
+    pytest.importorskip("pygame")
+    envs_ = gym_envs("CartPole-v1", num_envs=1, size=64, pixels=True)
+    row, frame = envs_.reset(), envs_.envs.envs[0].render()
+    assert envs_.shapes == {"image": (64, 64, 3)} and envs_.action_dim == 2
+    assert set(row) == {"image", "reward", "is_first", "is_last", "is_terminal"}
+    np.testing.assert_array_equal(row["image"], SHARED["GymEnvs"].resize_area(frame[None], 64))
+    for _ in range(8):
+        moved = envs_.step(one_hot(0, 2))["image"]
+    assert (row["image"] != moved).any()
+
+
+def area(image: np.ndarray, size: int) -> np.ndarray:
+    """Area average by definition: magnify so that source and target pixels consist of whole cells, then average."""
+    y, x, channels = image.shape
+    fine = image.astype(float).repeat(size, 0).repeat(size, 1).reshape(size, y, size, x, channels)
+    return np.rint(fine.mean((1, 3)))
+
+
+@needs_gym_envs
+@pytest.mark.parametrize("shape", [(32, 32, 3), (20, 28, 1), (8, 12, 3)])
+def test_resize_area_is_an_average(shape):
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    got = SHARED["GymEnvs"].resize_area(image[None], 16)[0].astype(float)
+    off = np.abs(got - area(image, 16))
+    assert off.max() <= 1 and off.mean() < 0.01  # halves may round either way
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(load(name), "Episodes")])
+def test_episode_accounting(name):
+    """Two environments with episodes of 3 and 2 steps; rows that only reset count for nothing."""
+    episodes, ended = load(name).Episodes(2), []
+    first = np.array([[1, 1], [0, 0], [0, 0], [0, 1], [1, 0], [0, 0]], bool)
+    last = np.array([[0, 0], [0, 0], [0, 1], [1, 0], [0, 0], [0, 1]], bool)
+    reward = np.array([[0, 0], [1, 10], [2, 20], [4, 0], [0, 40], [8, 80]], np.float32)
+    for t in range(6):
+        ended.append(episodes.update(dict(is_first=first[t], is_last=last[t], reward=reward[t])))
+    assert ended == [[], [], [(1, 30, 2)], [(0, 7, 3)], [], [(1, 120, 2)]] and episodes.last == 120
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(load(name), "human_normalised")])
+def test_human_normalised_score(name):
+    script = load(name)
+    for env_id, score, want in (("ALE/Pong-v5", -20.7, 0), ("ALE/Pong-v5", 14.6, 1), ("ALE/Breakout-v5", 16.1, 0.5)):
+        assert script.human_normalised(env_id, score) == {"eval/human_normalised": pytest.approx(want)}
+    assert script.human_normalised("ALE/Tetris-v5", 1) == script.human_normalised("CartPole-v1", 1) == {}
+    assert len(script.ATARI_100K) == 26 and all(low < high for low, high in script.ATARI_100K.values())
+    for game in script.ATARI_100K:
+        gymnasium.spec(f"ALE/{game}-v5")  # raises for an unknown name

@@ -1,0 +1,128 @@
+"""Every boolean and every choice of every flag runs an update; so does every kind of observation and action."""
+import dataclasses
+import typing
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from conftest import SCRIPTS, load
+
+NAMES = [path.stem for path in SCRIPTS]
+each_script = pytest.mark.parametrize("name", NAMES)
+SHORT = dict(total_timesteps=11, learning_starts=9, eval_episodes=0)  # two or three updates
+BIG = ("size25m", "size50m", "size100m", "size200m", "size400m")
+NEEDS = {  # where Catch cannot show what a flag does
+    "pixels=True": dict(env_id="CartPole-v1"), "grayscale=True": dict(env_id="ALE/Pong-v5"),
+    "full_action_space=True": dict(env_id="ALE/Pong-v5"), "preset=tiny": dict(image_size=16),
+}
+
+
+def choices() -> list:
+    """(script, flag, value) for each value of each boolean and Literal that has no test of its own below."""
+    found = []
+    for name in NAMES:
+        for field, hint in typing.get_type_hints(load(name).Args).items():
+            literal = typing.get_origin(hint) is typing.Literal
+            values = (False, True) if hint is bool else typing.get_args(hint) if literal else ()
+            found += [pytest.param(name, field, value, id=f"{name}-{field}={value}") for value in values
+                      if field != "eval_only" and value not in (*BIG, "cuda")]
+    return found
+
+
+def updates(run) -> int:
+    return torch.load(run / "checkpoint.pt", weights_only=True)["updates"]
+
+
+@pytest.mark.parametrize("name, field, value", choices())
+def test_every_choice_updates(name, field, value, tmp_path, monkeypatch):
+    if (field, value) == ("pixels", True):
+        pytest.importorskip("pygame")
+    if (field, value) == ("compile", "on"):  # the graph is captured; generating machine code for it takes minutes
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    flags = {**SHORT, **NEEDS.get(f"{field}={value}", {}), field: value}
+    run = tiny.run(name, tmp_path / "run", **flags)
+    assert updates(run) > 0
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)["args"]
+    assert saved[field] == value or value == "auto"
+
+
+@each_script
+def test_every_size_builds(name):
+    """Each larger than the one before; built without memory, as the largest need more than a test machine has."""
+    script, counts = load(name), []
+    for size in getattr(script, "SIZES", ()):
+        with torch.device("meta"):
+            agent = script.Agent({"image": (64, 64, 3)}, 6, True, dataclasses.replace(script.Args(), size=size))
+        counts.append(sum(p.numel() for p in agent.parameters()))
+    assert counts == sorted(set(counts))
+
+
+@each_script
+@pytest.mark.parametrize("flags", [
+    dict(device="cuda"), dict(device="mps"), dict(device="gpu"), dict(buffer_device="cuda")], ids=str)
+def test_absent_devices(name, flags, tmp_path, capfd):
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("about machines without an accelerator")
+    with pytest.raises(SystemExit) as end:
+        tiny.run(name, tmp_path / "run", **flags)
+    (line,) = capfd.readouterr().err.splitlines()
+    ((field, value),) = flags.items()
+    assert end.value.code == 2 and line.startswith(f"error: --{field.replace('_', '-')} {value}")
+
+
+ENVIRONMENTS = {
+    "images, continuous": dict(env_id="envs:Track-v0"),
+    "vectors": dict(env_id="CartPole-v1"),
+    "vectors, continuous": dict(env_id="Pendulum-v1"),
+    "images and vectors": dict(env_id="envs:CountingDict-v0"),
+    "Atari, gray, all actions, sticky": dict(
+        env_id="ALE/Pong-v5", grayscale=True, full_action_space=True, sticky_actions=0.25, num_envs=2,
+        total_timesteps=24, learning_starts=18),
+    "action repeat": dict(env_id="envs:Track-v0", action_repeat=3),
+    "three environments": dict(num_envs=3, total_timesteps=36, learning_starts=27),
+}
+
+
+@each_script
+@pytest.mark.parametrize("kind", ENVIRONMENTS)
+def test_every_kind_of_environment(name, kind, tmp_path):
+    flags = {**SHORT, "eval_episodes": 0 if "Atari" in kind else 1, **ENVIRONMENTS[kind]}
+    if not set(flags) <= {f.name for f in dataclasses.fields(load(name).Args)}:
+        pytest.skip("the script has no such flag")
+    run = tiny.run(name, tmp_path / "run", **flags)
+    assert updates(run) > 0
+    scalars, images = tiny.events(run)
+    pictures = kind not in ("vectors", "vectors, continuous")
+    assert ("dream/open_loop" in images) == pictures and ("losses/image" in scalars) == pictures
+    if "action_repeat" in flags:  # an episode of 32 environment steps is 11 decisions
+        assert {value for _, value in scalars["charts/episodic_length"]} == {11}
+        assert all(value == 3 * step for step, value in scalars["charts/frames"])
+
+
+@each_script
+def test_evaluation_only(name, tmp_path, capsys):
+    """--eval-only plays with policy.pt, from the run directory or the file, and trains nothing."""
+    run = tiny.run(name, tmp_path / "run", **SHORT)
+    before = {path: path.stat().st_mtime_ns for path in run.glob("*.pt")}
+    for number, checkpoint in enumerate((run, run / "policy.pt")):
+        script = load(name)
+        argv = ["--eval-only", f"--checkpoint={checkpoint}", f"--eval-episodes={2 + number}"]
+        script.main(script.parse_args(argv))
+        assert f"{2 + number} episodes" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.glob("*.pt")} == before
+    assert list(run.glob("videos/eval*.gif"))
+    assert [step for step, _ in tiny.events(run)[0]["eval/episodic_return"]] == [11, 11], "the step of the checkpoint"
+
+
+@each_script
+def test_evaluation_needs_a_policy(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        load(name).parse_args(["--eval-only"])
+    assert end.value.code == 2 and "--checkpoint" in capsys.readouterr().err
+
+
+@each_script
+def test_no_evaluation_episodes(name, tmp_path):
+    """--eval-episodes 0 switches evaluation off, also the periodic one."""
+    assert updates(tiny.run(name, tmp_path / "run", **{**SHORT, "eval_every": 5})) > 0

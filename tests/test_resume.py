@@ -1,0 +1,351 @@
+"""Stop, kill, resume: k + k steps equal 2k on a CPU, and no kill and no full disk costs more than the steps since the last checkpoint."""
+import errno
+import io
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import envs
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import ROOT, SCRIPTS, TESTS, load
+
+NAMES = [path.stem for path in SCRIPTS]
+each_script = pytest.mark.parametrize("name", NAMES)
+KILLS = int(os.environ.get("KILLS", 3))  # of test_kill_at_random_moments
+# seven steps an episode, the same every time; the ratio leaves a fraction of an update over
+SCRIPTED = {"dreamer_v3": dict(env_id="envs:Scripted-v0", train_ratio=6.0, eval_episodes=0, video_every=0)}
+
+
+def scripted(name: str, folder: Path, **changes) -> list[str]:
+    return tiny.flags(name, folder, **{**SCRIPTED[name], **changes})
+
+
+def execute(name: str, *argv) -> int:
+    """`python name.py argv` in this process -> exit status. An exception that would print a traceback passes through."""
+    handlers, kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}, sys.argv
+    sys.argv = [f"{name}.py", *map(str, argv)]
+    try:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = kept
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def start(*command) -> subprocess.Popen:
+    """A Python process with the toy environments on its path, one thread, output unbuffered."""
+    env = dict(os.environ, PYTHONPATH=str(TESTS), OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    return subprocess.Popen([sys.executable, *map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    assert any(text in line for line in process.stdout), process.stderr.read()
+
+
+def only(folder: Path) -> Path:
+    (path,) = folder.iterdir()
+    return path
+
+
+def checkpoint(run: Path, name: str = "checkpoint.pt") -> dict:
+    return torch.load(run / name, weights_only=True)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def finished(request, tmp_path_factory) -> tuple[str, Path]:
+    """(script name, directory of a finished run of 24 steps); copy it before changing it."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert execute(request.param, *scripted(request.param, folder, save_every=10)) == 0
+    return request.param, only(folder)
+
+
+# ---- resumed = not interrupted ----
+
+
+def differences(a, b, path: str = "") -> list[str]:
+    """Where two nested structures of tensors and plain values are not equal, bit by bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for k in sorted(a.keys() | b.keys()) for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}/{i}")]
+    equal = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return [] if equal else [path]
+
+
+def everything(run: Path) -> dict:
+    """Checkpoint, replay rows and metrics of a run, without what may differ: its name and its speed."""
+    saved = {k: v for k, v in checkpoint(run).items() if k != "args"}
+    rows = {path.stem: torch.from_numpy(np.load(path)) for path in run.glob("replay*/*.npy")}
+    scalars = {tag: points for tag, points in tiny.events(run)[0].items() if tag not in ("charts/SPS", "charts/UPS")}
+    assert saved["updates"] > 4 and rows and "losses/dyn" in scalars
+    return dict(saved=saved, rows=rows, scalars=scalars)
+
+
+@each_script
+@pytest.mark.parametrize("how", ["SIGTERM", "total"])
+def test_k_plus_k_steps_are_2k(name, how, tmp_path, monkeypatch):
+    """Stopped by a signal, or by a small --total-timesteps that is then raised, there with a replay that wraps around."""
+    k, calls, step = 35, [], envs.Scripted.step
+    flags = dict(log_every=7, total_timesteps=2 * k, **(dict(buffer_size=24) if how == "total" else {}))
+    assert execute(name, *scripted(name, tmp_path / "whole", **flags)) == 0
+
+    def stop_at_k(self, action):
+        calls.append(action)
+        if len(calls) == k and how == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, action)
+
+    monkeypatch.setattr(envs.Scripted, "step", stop_at_k)
+    first = {**flags, **(dict(total_timesteps=k) if how == "total" else {})}
+    assert execute(name, *scripted(name, tmp_path / "half", **first)) == 0
+    run = only(tmp_path / "half")
+    assert checkpoint(run)["step"] == k == len(calls)
+    assert execute(name, "--resume", run, "--total-timesteps", 2 * k) == 0
+    assert differences(everything(only(tmp_path / "whole")), everything(run)) == []
+
+
+@each_script
+def test_looking_changes_nothing(name, tmp_path):
+    """Evaluations and dream videos draw their own random numbers; else a checkpoint made before one would not go on as the run did."""
+    for folder, flags in dict(blind=dict(eval_every=0, video_every=0), seeing=dict(eval_every=20, video_every=20)).items():
+        assert execute(name, *tiny.flags(name, tmp_path / folder, total_timesteps=32, **flags)) == 0
+    blind, seeing = (checkpoint(only(tmp_path / folder)) for folder in ("blind", "seeing"))
+    assert [d for d in differences(blind, seeing) if not d.startswith("/args")] == []
+
+
+def test_checkpoints_are_plain_data(finished):
+    """Loadable with weights_only=True; the fraction of an update that is due and the random generators are in it."""
+    _, run = finished
+    for name, step in {"checkpoint.pt": 24, "checkpoint_prev.pt": 20, "policy.pt": 24, "policy_prev.pt": 20}.items():
+        assert checkpoint(run, name)["step"] == step
+    saved = checkpoint(run)
+    assert saved["ratio"] % 1 != 0 and saved["rng"]["cpu"].dtype == torch.uint8
+    assert (run / "policy.pt").stat().st_size < (run / "checkpoint.pt").stat().st_size / 2
+
+
+# ---- signals and kills ----
+
+
+def check_rows(run: Path, kills: int = 0, replay: str = "replay0") -> dict:
+    """The newest loadable checkpoint; each replay row that it counts is what the scripted environment gave, in order."""
+    path = run / "checkpoint.pt"
+    saved = torch.load(path if path.exists() else run / "checkpoint_prev.pt", weights_only=True)
+    field, count, size = {f.stem: np.load(f, mmap_mode="r") for f in (run / replay).glob("*.npy")}, saved["replay"]["rows"], saved["replay"]["size"]
+    capacity = len(field["reward"])
+    oldest = max(count - size, int(field["rows"][0]) - capacity)  # rows.npy is written ahead of the data
+    rows = {k: v[np.arange(oldest, count) % capacity, 0] for k, v in field.items() if k != "rows"}
+    step, code = rows["obs"][:, :2].T if "obs" in rows else rows["image"][:, 0, 0, :2].T
+    assert len(step) > 8 and np.array_equal(rows["reward"], step)
+    assert np.array_equal(rows["is_first"], step == 0) and np.array_equal(code == 0, step == 0)
+    assert np.array_equal(rows["is_last"], step == 7) and np.array_equal(rows["is_terminal"], step == 7)
+    assert np.array_equal(rows["action"].sum(-1), step != 7) and np.isfinite(rows["deter"] if "deter" in rows else 0).all()
+    goes_on = ~rows["is_first"][1:]
+    assert np.array_equal(step[1:][goes_on], step[:-1][goes_on] + 1)
+    assert np.array_equal(code[1:][goes_on], rows["action"][:-1].argmax(-1)[goes_on] + 1)
+    assert (rows["is_first"][1:] & ~rows["is_last"][:-1]).sum() <= kills, "an episode is abandoned at a kill only"
+    return saved
+
+
+@each_script
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signals_save_and_exit_0(name, number, tmp_path):
+    with start(ROOT / f"{name}.py", *scripted(name, tmp_path, total_timesteps=1_000_000)) as process:
+        try:
+            wait_for(process, "global_step=14")
+            process.send_signal(getattr(signal, number))
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (0, "")
+    run = only(tmp_path)
+    assert check_rows(run)["step"] == int(re.search(rf"saved at step (\d+); continue with --resume {run}", out)[1])
+
+
+@each_script
+def test_kill_at_random_moments(name, tmp_path):
+    """kill -9 during start, steps, updates and saves; --resume auto goes on each time. KILLS=20 for a longer trial."""
+    # 40 rows wrap around within a second, and some lives end before their first checkpoint
+    flags = scripted(name, tmp_path, total_timesteps=1_000_000, buffer_size=40, save_every=30)
+    steps = [0]
+    for kill in range(KILLS):
+        with start(ROOT / f"{name}.py", *flags, "--resume", "auto") as process:
+            if kill % 4 == 3:
+                time.sleep(random.uniform(1, 4))
+            else:
+                wait_for(process, "run directory" if kill else "global_step=70")
+                time.sleep(random.uniform(0, 1.5))
+            assert process.poll() is None, process.stderr.read()
+            process.kill()
+        saved = check_rows(only(tmp_path), kill + 1)
+        steps.append(saved["step"])
+    assert steps == sorted(steps) and steps[-1] > 0
+    assert execute(name, *flags, "--resume", "auto", "--total-timesteps", steps[-1] + 59) == 0
+    assert check_rows(only(tmp_path), KILLS)["step"] == steps[-1] + 59
+    assert checkpoint(only(tmp_path), "checkpoint_prev.pt")["step"] < steps[-1] + 59
+
+
+@each_script
+def test_rows_overwritten_by_killed_lives_are_left_out(name, tmp_path):
+    """A ring in files against a list: any order of adding, saving and being killed, also twice without a save in between."""
+    storage, draw = load(name).Storage, random.Random(0)
+    def reopen():
+        return storage(dict(x=((), torch.float32)), 10, 1, torch.device("cpu"), tmp_path / "replay")
+    ring, rows, saved, lost = reopen(), [], ({}, []), 0
+    for value in range(3000):
+        action = draw.choices(("add", "save", "kill"), (8, 1, 1))[0]
+        if action == "add":
+            ring.add(dict(x=np.array([value])))
+            rows.append(value)
+        elif action == "save":
+            ring.flush()
+            saved = (ring.state_dict(), list(rows))
+        elif saved[0]:
+            ring, rows, lost = reopen(), list(saved[1]), lost + len(rows) - len(saved[1])
+            ring.load_state_dict(saved[0])
+        oldest = ring.rows - max(ring.size, 0)
+        assert ring.rows == len(rows) and [int(ring.data["x"][i % 10, 0]) for i in range(oldest, ring.rows)] == rows[oldest:]
+    assert lost > 100
+
+
+# ---- saving ----
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@each_script
+def test_death_inside_save(name, tmp_path):
+    """The process disappears at each call that save_atomic makes, and at every twentieth below it."""
+    script, calls, die_at = load(name), [], None
+
+    def on_call(frame, event, argument):
+        calls.append(frame.f_code.co_name)
+        if len(calls) - 1 == die_at:
+            os._exit(9)
+
+    def save(folder, step):
+        calls.clear()
+        sys.setprofile(on_call)
+        script.save_atomic(dict(algorithm=name, step=step, weight=torch.ones(1000)), folder / "checkpoint.pt")
+        sys.setprofile(None)
+
+    (tmp_path / "good").mkdir()
+    for step in (0, 1, 2):
+        save(tmp_path / "good", step)
+    moments = [i for i, function in enumerate(calls) if function == "save_atomic" or i % 20 == 0]
+    assert len(moments) > 20
+    for die_at in moments:
+        folder = Path(shutil.copytree(tmp_path / "good", tmp_path / f"dead{die_at}"))
+        child = os.fork()
+        if child == 0:
+            save(folder, 3)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        assert script.load_checkpoint(folder)["step"] in (2, 3)
+        for path in folder.glob("*.pt"):
+            assert torch.load(path, weights_only=True)["step"] in (1, 2, 3)
+        die_at = None
+        save(folder, 4)
+        assert script.load_checkpoint(folder)["step"] == 4 and checkpoint(folder, "checkpoint_prev.pt")["step"] in (2, 3)
+
+
+@pytest.mark.parametrize("room", [0, 5_000, 2_000_000])
+def test_full_disk_while_saving(room, finished, tmp_path, monkeypatch, capfd):
+    """Room for nothing, for the beginning, for about half of a checkpoint: one line, and the old one is as good as before."""
+    name, run = finished[0], Path(shutil.copytree(finished[1], tmp_path / "run"))
+    before, real_open = (run / "checkpoint.pt").read_bytes(), open
+    assert len(before) > 3_000_000
+
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            if self.tell() + len(data) > room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", lambda file, mode="r", *rest, **more: (
+            FullDisk(file, "w") if str(file).endswith(".tmp") else real_open(file, mode, *rest, **more)))
+        assert execute(name, "--resume", run, "--total-timesteps", 40) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: the disk is full")
+    assert (run / "checkpoint.pt").read_bytes() == before
+    assert execute(name, "--resume", run, "--total-timesteps", 40) == 0 and check_rows(run, 1)["step"] == 40
+
+
+# ---- flags on resume ----
+
+
+def test_resume_prints_what_changes(finished, capsys):
+    name, run = finished
+    args = load(name).parse_args(["--resume", str(run), "--total-timesteps", "99", "--log-every", "1"])
+    assert capsys.readouterr().out == "resume: --total-timesteps 24 -> 99\n", "only what differs"
+    assert (args.total_timesteps, args.log_every, args.env_id, args.save_every) == (99, 1, "envs:Scripted-v0", 10)
+
+
+def test_resume_refuses_another_shape(finished, capsys):
+    """What decides tensor shapes, replay layout, or what the numbers mean; `auto` is what the run has."""
+    name, run = finished
+    others = dict(env_id="CartPole-v1", seed=2, num_envs=2, size="size12m", precision="bf16", image_size=32, buffer_size=1000,
+                  grayscale=True, action_repeat=2, full_action_space=True, pixels=True)
+    for field in (f.name for f in fields(load(name).Args) if f.name in others):
+        flag, value = f"--{field.replace('_', '-')}", others[field]
+        with pytest.raises(SystemExit) as end:
+            load(name).parse_args(["--resume", str(run), flag, *([] if value is True else [str(value)])])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and line.startswith(f"error: {flag} cannot change"), line
+    saved = checkpoint(run)["args"]
+    for field in (f.name for f in fields(load(name).Args) if f.default == "auto"):
+        args = load(name).parse_args(["--resume", str(run), f"--{field.replace('_', '-')}", "auto"])
+        assert getattr(args, field) in (saved[field], "auto") and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("file", ["", "checkpoint.pt", "checkpoint_prev.pt"], ids=["folder", "file", "previous"])
+def test_resume_from(file, finished, tmp_path):
+    """A run directory, or one of the checkpoints in it."""
+    name, run = finished[0], Path(shutil.copytree(finished[1], tmp_path / "run"))
+    assert execute(name, "--resume", run / file, "--total-timesteps", 30) == 0
+    assert check_rows(run, 1)["step"] == 30 and only(tmp_path) == run
+
+
+def test_resume_auto(finished, tmp_path):
+    """The newest run with a checkpoint, of the same environment, name and seed; without one, a new run."""
+    name = finished[0]
+    for number, folder in enumerate((f"envs_Scripted-v0__{name}__1__1", f"envs_Scripted-v0__{name}__1__2", f"envs_Scripted-v0__{name}__11__3",
+                                     f"envs_Scripted-v0__{name}__1__4")):
+        shutil.copytree(finished[1], tmp_path / folder)
+        os.utime(tmp_path / folder, (number, number))
+    for path in (tmp_path / f"envs_Scripted-v0__{name}__1__4").glob("*.pt"):
+        path.unlink()  # killed before its first checkpoint
+    parse = load(name).parse_args
+    assert parse([*scripted(name, tmp_path), "--resume", "auto"]).resume == str(tmp_path / f"envs_Scripted-v0__{name}__1__2")
+    assert parse([*scripted(name, tmp_path, seed=5), "--resume", "auto"]).resume in ("", "auto")
+
+
+def test_run_the_copy_in_the_run_directory(finished, tmp_path):
+    """Each run keeps the script that made it: that copy can resume it."""
+    name, run = finished[0], Path(shutil.copytree(finished[1], tmp_path / "run"))
+    with start(run / f"{name}.py", "--resume", run, "--total-timesteps", 30) as process:
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "") and checkpoint(run)["step"] == 30
+
+
+def test_eval_only_needs_no_more_than_policy_pt(finished, tmp_path, capsys):
+    """Copied alone to another place it plays three episodes of 1 + 2 + ... + 7; the seed of the evaluation is free."""
+    name = finished[0]
+    shutil.copy(finished[1] / "policy.pt", tmp_path)
+    for path in (tmp_path, tmp_path / "policy.pt"):
+        assert execute(name, "--eval-only", "--checkpoint", path, "--eval-episodes", 3, "--seed", 7) == 0
+        assert "3 episodes, episodic_return 28" in capsys.readouterr().out
+    assert not list(tmp_path.glob("checkpoint*")) and tiny.events(tmp_path)[0]["eval/episodic_return"][-1] == (24, 28)

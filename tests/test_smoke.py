@@ -1,0 +1,87 @@
+"""One tiny run of each script from start to end: metrics, files, warnings, and the same again for the same seed."""
+import json
+import math
+import re
+import warnings
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT, SCRIPTS
+from PIL import Image
+
+LOSSES = dict(dreamer_v3={"image", "dyn", "rep", "reward", "cont", "policy", "value", "repval"})
+CHARTS = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/UPS", "charts/frames"}
+EVAL = {"eval/episodic_return", "eval/episodic_length", "eval/return_std"}
+DREAM = {"dream/image_error_posterior", "dream/image_error_imagined"}
+PERIODIC = dict(eval_every=10, video_every=20, save_every=10)
+
+
+@pytest.fixture(scope="module", params=[path.stem for path in SCRIPTS])
+def smoke(request, tmp_path_factory):
+    """(script name, run directory, scalars, image tags, warnings) of one run."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = tiny.run(request.param, tmp_path_factory.mktemp("smoke") / "run", **PERIODIC)
+    return request.param, run, *tiny.events(run), caught
+
+
+def test_metrics(smoke):
+    """All expected ones, each finite, each of a known family, as often and at the steps that the flags say."""
+    name, _, scalars, images, _ = smoke
+    assert {f"losses/{term}" for term in LOSSES[name]} == {tag for tag in scalars if tag.startswith("losses/")}
+    assert CHARTS | EVAL | DREAM <= set(scalars) and images == {"eval/episode", "dream/open_loop"}
+    assert all(re.match(r"(losses|wm|ac|grad|perf|charts|eval|dream)/\w+$", tag) for tag in scalars)
+    assert {tag.split("/")[0] for tag in scalars} >= {"wm", "ac", "grad"}
+    assert all(math.isfinite(value) for series in scalars.values() for _, value in series)
+    assert len(scalars["losses/dyn"]) >= 8
+    assert scalars["charts/frames"] == [(step, step) for step, _ in scalars["losses/dyn"]]
+    assert [step for step, _ in scalars["eval/episodic_return"]] == [10, 20, 24]
+    assert [step for step, _ in scalars["dream/image_error_imagined"]] == [20, 24]
+
+
+def test_episodes(smoke):
+    """Catch has seven steps, the row that resets is none of them; the score is -1 or 1."""
+    scalars = smoke[2]
+    assert [step for step, _ in scalars["charts/episodic_return"]] == [7, 14, 21]
+    assert {value for _, value in scalars["charts/episodic_length"] + scalars["eval/episodic_length"]} == {7}
+    assert {abs(value) for _, value in scalars["charts/episodic_return"] + scalars["eval/episodic_return"]} == {1}
+
+
+def test_files(smoke):
+    name, run, *_ = smoke
+    assert {path.name for path in run.iterdir() if "events" not in path.name} >= {
+        "args.json", f"{name}.py", "versions.txt", "checkpoint.pt", "checkpoint_prev.pt", "policy.pt", "videos"}
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 24 and checkpoint["updates"] > 8
+    assert checkpoint["args"] == json.loads((run / "args.json").read_text())
+    assert "auto" not in [checkpoint["args"][field] for field in ("device", "precision", "compile", "size")]
+
+
+def test_gifs(smoke):
+    """Several frames; an evaluation shows its whole first episode, the last frame included."""
+    for path in (smoke[1] / "videos").glob("*.gif"):
+        with Image.open(path) as gif:
+            frames = []
+            for number in range(gif.n_frames):
+                gif.seek(number)
+                frames.append(gif.convert("RGB").tobytes())
+        assert len(set(frames)) >= 6
+        if path.name.startswith("eval"):
+            assert len(frames) == 8, "the reset and seven steps"
+    assert {path.name for path in (smoke[1] / "videos").iterdir()} == {
+        *(f"eval_{step}.gif" for step in (10, 20, 24)), *(f"dream_{step}.gif" for step in (20, 24))}
+
+
+def test_no_warnings(smoke):
+    name, *_, caught = smoke
+    assert not [str(w.message) for w in caught if w.filename == str(ROOT / f"{name}.py")]
+
+
+def test_same_seed_same_numbers(smoke, tmp_path):
+    name, _, scalars, *_ = smoke
+    def numbers(found):
+        return {tag: series for tag, series in found.items() if tag not in ("charts/SPS", "charts/UPS")}
+    again, other = (tiny.events(tiny.run(name, tmp_path / str(seed), seed=seed, **PERIODIC))[0] for seed in (1, 2))
+    assert numbers(again) == numbers(scalars)
+    assert all(other[f"losses/{term}"] != scalars[f"losses/{term}"] for term in LOSSES[name])
