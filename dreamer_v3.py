@@ -150,7 +150,7 @@ class Args:
     batch_length: int = 64
     """steps per sequence, T, plus one of context (official)"""
     train_ratio: float = 256.0
-    """replayed steps per policy step (official: 256 for Atari 100k, 32 for 200M, 1024 for proprio; paper 128 for 100k)"""
+    """replayed steps per policy step (official: 256 for Atari 100k, 32 for 200M, 1024 for proprio; paper: 128)"""
 
     size: Literal["auto", "size1m", "size12m", "size25m", "size50m", "size100m", "size200m", "size400m"] = "auto"
     """network size (official names and default size200m); auto: size12m on a GPU, size1m on a CPU"""
@@ -271,7 +271,7 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 def unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:  # D4
-    """Probabilities (...,K) with a uniform share `mix`; sample, KL, entropy and gradient all use these, not the logits."""
+    """Probabilities (...,K) with a uniform share `mix`; sample, KL, entropy and gradient all use these, not logits."""
     return (1 - mix) * at_least_float32(logits).softmax(-1) + mix / logits.shape[-1]
 
 
@@ -286,7 +286,7 @@ def entropy(log_probs: torch.Tensor) -> torch.Tensor:
 
 
 def sample_onehot(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """One-hot sample of probs (...,K) with straight-through gradient: its value is exactly one-hot, its gradient probs'.
+    """One-hot sample of probs (...,K), straight-through: its value is exactly one-hot, its gradient that of probs.
 
     argmax(p / e) with e ~ Exp(1) is an exact categorical draw (exponential race); the noise carries no gradient."""
     index = (probs.detach() / noise).argmax(-1, keepdim=True)
@@ -300,7 +300,7 @@ def categorical_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, mix: float, free_nats: float) -> tuple:  # D3
-    """dyn = max(free, KL(sg q || p)), rep = max(free, KL(q || sg p)), each (T,B), and the KL. Eq. 3 (arXiv:2301.04104v2).
+    """dyn = max(free, KL(sg q || p)), rep = max(free, KL(q || sg p)), and the KL, (T,B). Eq. 3 (arXiv:2301.04104v2).
 
     The stop-gradients let dyn train only the prior, rep only the posterior. Free nats apply to the KL summed over the
     groups, which avoids the solution where both collapse; per group, nothing below 32 nats would be trained."""
@@ -363,7 +363,7 @@ class BoundedNormal:
 
 # ==== shared: image resize ====
 def resize_bilinear(frames: np.ndarray, size: int) -> np.ndarray:
-    """(N,Y,X,C) uint8 -> (N,size,size,C), antialiased, bit-identical to Pillow's BILINEAR (official for V1, V3, IRIS)."""
+    """(N,Y,X,C) uint8 -> (N,size,size,C), antialiased: bit-identical to Pillow's BILINEAR (official: V1, V3, IRIS)."""
     x = torch.from_numpy(frames).permute(0, 3, 1, 2)
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
 
@@ -377,6 +377,8 @@ def area_weights(source: int, target: int) -> np.ndarray:
 
 def resize_area(frames: np.ndarray, size: int) -> np.ndarray:
     """(N,Y,X,C) uint8 -> (N,size,size,C) by area average, as OpenCV's INTER_AREA."""
+    if frames.shape[1:3] == (size, size):
+        return frames
     rows, cols = area_weights(frames.shape[1], size), area_weights(frames.shape[2], size)
     return np.rint(np.einsum("yh,nhwc,xw->nyxc", rows, frames, cols, optimize=True)).astype(np.uint8)
 # ==== end shared ====
@@ -386,9 +388,9 @@ def resize_area(frames: np.ndarray, size: int) -> np.ndarray:
 class AtariEnvs:
     """`num_envs` games in ale-py's native vector environment; a row of arrays (N,...) per step.
 
-    `resize`: "bilinear" (from 210x160) or "area" (native). `life_loss`: a lost life sets is_terminal while the game goes
-    on. NEXT_STEP: the step after an episode's end ignores its action and returns the next episode's first observation,
-    so is_first_{t+1} = is_last_t. Rewards are raw. The last frame of a game often repeats the one before (emulator)."""
+    `resize`: "bilinear" (from 210x160) or "area" (native). `life_loss`: a lost life sets is_terminal, the game goes on.
+    NEXT_STEP: the step after an episode's end ignores its action and returns the next episode's first observation, so
+    is_first_{t+1} = is_last_t. Rewards are raw. The last frame of a game often repeats the one before (emulator)."""
 
     def __init__(self, env_id: str, num_envs: int, seed: int, size: int, resize: str, grayscale: bool,
                  action_repeat: int, sticky_actions: float, full_action_space: bool, life_loss: bool = False):
@@ -453,8 +455,9 @@ class GymEnvs:
         wrappers = [partial(ActionRepeat, repeat=action_repeat)] if action_repeat > 1 else []
         render = dict(render_mode="rgb_array") if pixels else {}
         wrappers += [gymnasium.wrappers.AddRenderObservation] if pixels else []
-        self.envs = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=wrappers, **render,
-                                       vector_kwargs=dict(autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP))
+        self.envs = gymnasium.make_vec(
+            env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=wrappers, **render,
+            vector_kwargs=dict(autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP))
         self.num_envs, self.seed, self.size, self.act = num_envs, seed, size, self.envs.single_action_space
         space = self.envs.single_observation_space
         spaces = dict(space) if isinstance(space, gymnasium.spaces.Dict) else {"obs": space}
@@ -482,9 +485,10 @@ class GymEnvs:
         if self.discrete:
             native = action.argmax(-1) + self.act.start
         else:
-            native, finite = action.reshape(-1, *self.act.shape).clip(-1, 1), self.act.bounded_below & self.act.bounded_above
+            finite = self.act.bounded_below & self.act.bounded_above
+            unit = action.reshape(-1, *self.act.shape).clip(-1, 1)
             low, high = np.where(finite, self.act.low, -1), np.where(finite, self.act.high, 1)
-            native = (low + (native + 1) / 2 * (high - low)).astype(self.act.dtype)
+            native = (low + (unit + 1) / 2 * (high - low)).astype(self.act.dtype)
         obs, reward, terminated, truncated, _ = self.envs.step(native)
         first, self.over = self.over, terminated | truncated
         return self._row(obs, reward, terminated, self.over, first)
@@ -493,18 +497,17 @@ class GymEnvs:
         obs = obs if isinstance(obs, dict) else {"obs": obs}
         row = {k: np.asarray(obs[k], np.float32).reshape(self.num_envs, -1) for k in self.vectors}
         if self.images:
-            images = [obs[k] if obs[k].shape[1:3] == (self.size,) * 2 else resize_area(obs[k], self.size) for k in self.images]
-            row["image"] = np.concatenate(images, -1)
+            row["image"] = np.concatenate([resize_area(obs[k], self.size) for k in self.images], -1)
         return dict(row, reward=reward.astype(np.float32), is_first=first, is_last=over, is_terminal=terminated)
 # ==== end shared ====
 
 
 def make_envs(args: Args, num_envs: int, seed: int) -> AtariEnvs | GymEnvs:
-    """The one place that knows which environment it is. An unknown id or a missing package is one line, exit status 2."""
+    """The one place that knows which environment it is. An unknown id or a missing package: one line, exit status 2."""
     try:
         if args.env_id.startswith("ALE/") and not args.pixels:
-            return AtariEnvs(args.env_id, num_envs, seed, args.image_size, "bilinear", args.grayscale, args.action_repeat,
-                             args.sticky_actions, args.full_action_space)
+            return AtariEnvs(args.env_id, num_envs, seed, args.image_size, "bilinear", args.grayscale,
+                             args.action_repeat, args.sticky_actions, args.full_action_space)
         return GymEnvs(args.env_id, num_envs, seed, args.image_size, args.action_repeat, args.pixels)
     except (gymnasium.error.Error, ImportError, AssertionError) as error:
         fail(f"--env-id {args.env_id}: {str(error).splitlines()[0]}")
@@ -536,7 +539,7 @@ class Storage:
         self.written = self._map("rows", (1,), np.dtype(np.int64)) if folder else np.zeros(1, np.int64)
 
     def _map(self, name: str, shape: tuple, dtype: np.dtype) -> np.memmap:
-        """Memory-map a file, made if missing with all its disk space: a full disk is an OSError here, not a crash later."""
+        """Memory-map a file, made with all its disk space if missing: a full disk is an OSError now, no crash later."""
         path = self.folder / f"{name}.npy"
         if not path.exists():
             array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
@@ -654,7 +657,7 @@ class Ratio:
 
 
 def split_context(batch: dict) -> tuple[dict, dict]:
-    """Rows 0..T (T+1,B,...) -> carry with previous actions, and the rows 1..T to train on. Source: `_apply_replay_context`.
+    """Rows 0..T (T+1,B,...) -> carry and previous actions, and rows 1..T to train on. Source: `_apply_replay_context`.
 
     Row 0 lends its stored latents and its action. The forced is_first sits on row 0, so it does not reset row 1."""
     carry = dict(deter=batch["deter"][0], stoch=batch["stoch"][0], action=batch["action"][:-1])
@@ -898,10 +901,11 @@ class RSSM(nn.Module):
     """Recurrent state-space model: h_t = f(h, z, a), prior p(z_t | h_t), posterior q(z_t | h_t, tokens_t).
 
     What does not depend on the recurrence is taken out of the scan, with the same sums: the token part of the
-    posterior's first layer, the action part of the cell, the prior, all noise. In the official cell each block reads its
-    slice of h and all of [x_h, x_z, x_a]; the latter rows are one dense matrix, only the slice needs a block product."""
+    posterior's first layer, the action part of the cell, the prior, all noise. In the official cell each block reads
+    its slice of h and all of [x_h, x_z, x_a]; the latter rows are one dense matrix, only the slice needs blocks."""
 
-    def __init__(self, deter: int, hidden: int, stoch: int, classes: int, blocks: int, action_dim: int, tokens: int, mix: float):
+    def __init__(self, deter: int, hidden: int, stoch: int, classes: int, blocks: int, action_dim: int, tokens: int,
+                 mix: float):
         super().__init__()
         self.deter, self.stoch, self.classes, self.blocks, self.mix = deter, stoch, classes, blocks, mix
         self.in_deter, self.in_deter_norm = Linear(deter, hidden), NormSiLU(hidden)
@@ -930,16 +934,16 @@ class RSSM(nn.Module):
         return dict(weights, action=dense[2 * hidden :].to(dtype))
 
     def action_row(self, weights: dict, action: torch.Tensor) -> torch.Tensor:
-        """The action's share of the block layer, (...,A) -> (...,D); entries beyond +-1 are scaled back, no gradient."""
+        """The action's share of the block layer, (...,A) -> (...,D). Entries beyond +-1 are scaled back to +-1."""
         x = self.in_action(action / action.detach().abs().clamp(min=1))
         return x @ weights["action"] + self.hid.bias.to(x.dtype)
 
     def core(self, weights: dict, deter: torch.Tensor, stoch: torch.Tensor, action_row: torch.Tensor) -> torch.Tensor:
         """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K), (B,D) -> (B,D)."""  # D5
-        x = torch.cat([self.in_deter_norm(weights["in_deter"](deter)), self.in_stoch_norm(weights["in_stoch"](stoch))], -1)
+        x_h, x_z = self.in_deter_norm(weights["in_deter"](deter)), self.in_stoch_norm(weights["in_stoch"](stoch))
         blocks = deter.unflatten(-1, (self.blocks, -1))
         own = weights["own"](blocks.transpose(0, 1)).transpose(0, 1)  # (B,G,D/G)
-        x = self.hid_norm((weights["dense"](x, action_row).view_as(blocks) + own).flatten(1))
+        x = self.hid_norm((weights["dense"](torch.cat([x_h, x_z], -1), action_row).view_as(blocks) + own).flatten(1))
         gates = weights["gru"](x.view_as(blocks).transpose(0, 1)).transpose(0, 1)  # (B,G,3*D/G)
         reset, cand, update = gates.chunk(3, -1)  # thirds of each block
         cand = torch.tanh(reset.sigmoid() * cand)
@@ -979,7 +983,7 @@ class RSSM(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward and continue heads for width d: h has 8d units, z has 32 groups of d/16 classes."""
+    """Encoder, RSSM, decoder, reward and continue heads of width d: h has 8d units, z 32 groups of d/16 classes."""
 
     def __init__(self, shapes: dict, action_dim: int, args: Args):
         super().__init__()
@@ -1011,10 +1015,10 @@ class WorldModel(nn.Module):
         feat = torch.cat([deter, stoch], -1)
         # soft target: the continue head learns gamma * (1 - is_terminal), so a dream needs no other discount
         target = (1 - obs["is_terminal"].float()) * self.args.gamma
-        losses = dict(
-            self.decoder.loss(deter, stoch, obs), dyn=dyn, rep=rep,
-            reward=twohot_loss(at_least_float32(self.reward(feat)), obs["reward"], self.bins),
-            cont=F.binary_cross_entropy_with_logits(at_least_float32(self.cont(feat))[..., 0], target, reduction="none"))
+        reward, cont = at_least_float32(self.reward(feat)), at_least_float32(self.cont(feat))[..., 0]
+        losses = dict(self.decoder.loss(deter, stoch, obs), dyn=dyn, rep=rep,
+                      reward=twohot_loss(reward, obs["reward"], self.bins),
+                      cont=F.binary_cross_entropy_with_logits(cont, target, reduction="none"))
         metrics = {"wm/kl": kl.mean(), "wm/kl_free_share": (kl < self.args.free_nats).float().mean()}
         for name, logits in (("post", post_logits), ("prior", prior_logits)):
             metrics[f"wm/{name}_entropy"] = entropy(log_unimix(logits.detach(), self.args.unimix)).sum(-1).mean()
@@ -1025,10 +1029,10 @@ class WorldModel(nn.Module):
 
 
 class ReturnNorm(nn.Module):  # D7
-    """Running 5th and 95th percentile of returns; advantages are divided by max(1, their distance). Eq. 8 (arXiv:2301.04104v2).
+    """Advantages are divided by max(1, S), S = EMA(Per95 - Per5, 0.99) of the returns. Eq. 8 (arXiv:2301.04104v2).
 
-    S = EMA(Per95 - Per5, 0.99): 0.99 is the share of the old value. Both percentiles start at 0 without bias correction
-    (official), so the divisor is 1 for some hundred updates."""
+    0.99 is the share of the old value. Both percentiles are averaged on their own, from 0 and without bias correction
+    (official), so the divisor is 1 for some hundred updates. It only divides: nothing is subtracted."""
 
     def __init__(self, rate: float = 0.01, limit: float = 1.0):
         super().__init__()
@@ -1046,7 +1050,7 @@ class ReturnNorm(nn.Module):  # D7
 
 
 class Behaviour(nn.Module):
-    """Actor, critic and slow critic on feat = [h, z], trained in dreams. Source: `agent.imag_loss`, `agent.repl_loss`."""
+    """Actor, critic and slow critic on feat = [h, z], trained in dreams. Source: `imag_loss`, `repl_loss`."""
 
     def __init__(self, feat: int, action_dim: int, discrete: bool, args: Args):
         super().__init__()
@@ -1083,11 +1087,11 @@ class Behaviour(nn.Module):
         """Two-hot regression on the return, and on the slow critic's mean as regulariser; targets carry no gradient."""
         return twohot_loss(logits, ret.detach(), self.bins) + twohot_loss(logits, slow_value.detach(), self.bins)
 
-    def imagination_losses(self, policy, action, value_logits, slow_value, reward, cont) -> tuple[dict, torch.Tensor, dict]:
+    def imagination_losses(self, policy, action, value_logits, slow_value, reward, cont) -> tuple:
         """Actor and critic losses (H,N), returns (H,N), metrics; from `policy` on s_0..s_{H-1}, action (H,N,A), and the
         predictions for s_0..s_H, (H+1,N). Eq. 5 to 7 (arXiv:2301.04104v2) as losses, with the continuation weight."""
         value = twohot_mean(value_logits.detach(), self.bins)
-        ret = lambda_return(reward, value, cont, torch.full_like(cont, self.args.lam))  # online critic; gamma is in cont
+        ret = lambda_return(reward, value, cont, torch.full_like(cont, self.args.lam))  # cont contains gamma
         weight = cont.cumprod(0)[:-1]  # w_0 = c_0, not 1: a dream that starts at a terminal state teaches nothing
         scale = self.return_norm(ret)  # D7: updated before use
         advantage = (ret - value[:-1]) / scale  # a constant for the actor: all its inputs were made without gradient
@@ -1114,14 +1118,14 @@ class Behaviour(nn.Module):
 
     def loss(self, world: WorldModel, post: dict, batch: dict, noise_action, noise_stoch) -> tuple[dict, dict]:
         """All behaviour losses from the posterior (T,B,...) of rows 1..T of `batch`; every state starts one dream."""
-        feat, action = self.imagine(world.rssm, post["deter"].detach().flatten(0, 1), post["stoch"].detach().flatten(0, 1),
-                                    noise_action, noise_stoch)
+        deter, stoch = (post[k].detach().flatten(0, 1) for k in ("deter", "stoch"))
+        feat, action = self.imagine(world.rssm, deter, stoch, noise_action, noise_stoch)
         with torch.no_grad():  # the behaviour must not bend the world model
             reward = twohot_mean(at_least_float32(world.reward(feat)), world.bins)
             cont = at_least_float32(world.cont(feat))[..., 0].sigmoid()
         losses, ret, metrics = self.imagination_losses(
             self.policy(feat[:-1]), action, at_least_float32(self.critic(feat)), self.slow_value(feat), reward, cont)
-        feat = torch.cat([post["deter"], post["stoch"]], -1)  # on replay the critic does train the world model (official)
+        feat = torch.cat([post["deter"], post["stoch"]], -1)  # not detached: on replay it trains the world model too
         losses["repval"], _ = self.replay_losses(
             at_least_float32(self.critic(feat)), self.slow_value(feat), ret[0].unflatten(0, feat.shape[:2]),
             batch["reward"][1:], batch["is_last"][1:], batch["is_terminal"][1:])
@@ -1135,9 +1139,9 @@ class LaProp:  # D6
     """Adaptive gradient clipping, RMS normalisation, then momentum. Source: `opt.py`, `Agent._make_opt`.
 
     Per tensor: g /= max(1, |g| / (agc max(1e-3, |p|)));  v <- b2 v + (1-b2) g^2;  m <- b1 m + (1-b1) g / sqrt(v^);
-    p -= lr_k m^, where ^ is bias correction. The step counter is a tensor: no host reads. b2 is the code's (paper .99)."""
+    p -= lr_k m^, where ^ is bias correction. The step counter is a tensor: no host reads. b2: the code's, paper .99."""
 
-    def __init__(self, params, lr: float, warmup: int, agc: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-20):
+    def __init__(self, params, lr: float, warmup: int, agc: float, beta1=0.9, beta2=0.999, eps=1e-20):
         self.params = [p for p in params if p.requires_grad]
         self.lr, self.warmup, self.agc, self.beta1, self.beta2, self.eps = lr, warmup, agc, beta1, beta2, eps
         self.count = torch.zeros((), device=self.params[0].device)
@@ -1274,9 +1278,9 @@ class Agent(nn.Module):
         return total, {k: v.detach() for k, v in post.items()}, metrics
 
     def compile_regions(self) -> None:
-        """Compile the step functions and the large batched modules; never the unrolled scan (minutes, and no faster)."""
-        rssm = self.world.rssm
-        for module in (self.world.encoder, self.world.decoder, self.world.reward, self.world.cont, self.behaviour.critic):
+        """Compile the step functions and the large batched modules, never the unrolled scan (minutes, no faster)."""
+        world, rssm = self.world, self.world.rssm
+        for module in (world.encoder, world.decoder, world.reward, world.cont, self.behaviour.critic):
             module.compile(dynamic=False)
         rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
         rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
@@ -1284,7 +1288,7 @@ class Agent(nn.Module):
 
 
 def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_size: int) -> dict[str, torch.Tensor]:
-    """One update: sample, loss, backward, optimiser, slow critic, latents back to replay. No host reads; -> metrics ()."""
+    """One update: sample, loss, backward, optimiser, slow critic, latents to replay. No host reads; -> metrics ()."""
     device = optimizer.count.device
     batch, index = replay.sample(batch_size, agent.args.batch_length + 1)
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
@@ -1336,7 +1340,7 @@ def human_normalised(env_id: str, score: float) -> dict[str, float]:
 
 # ==== shared: evaluation ====
 def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, float], list]:
-    """`eval_episodes` whole episodes in fresh environments -> metrics, and the frames of the first one if it has images.
+    """`eval_episodes` whole episodes in fresh environments -> metrics, and the first one's frames if it has images.
 
     Every environment plays the same number of episodes, so short ones are not favoured."""
     num_envs = min(args.eval_episodes, 16)
@@ -1351,8 +1355,9 @@ def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, fl
         state = agent.act(row, state)
         row = envs.step(state["action"].cpu().numpy())
     returns, lengths = zip(*[episode for env in done for episode in env[:quota]])
-    metrics = {"eval/episodic_return": float(np.mean(returns)), "eval/return_std": float(np.std(returns)),
-               "eval/episodic_length": float(np.mean(lengths)), **human_normalised(args.env_id, float(np.mean(returns)))}
+    score = float(np.mean(returns))
+    metrics = {"eval/episodic_return": score, "eval/return_std": float(np.std(returns)),
+               "eval/episodic_length": float(np.mean(lengths)), **human_normalised(args.env_id, score)}
     print(f"evaluation at step {step}, {len(returns)} episodes: "
           + ", ".join(f"{k.removeprefix('eval/')} {v:.3g}" for k, v in metrics.items()))
     return metrics, frames
@@ -1390,9 +1395,9 @@ def log_results(metrics: dict, frames: list, writer: SummaryWriter, path: Path, 
 
 
 @torch.no_grad()
-def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int = 4, context: int = 5) -> tuple[dict, list]:
-    """GIF frames with rows truth, model, error for `count` replayed sequences: the first `context` steps from the posterior,
-    the rest imagined with the recorded actions; below, predicted reward and continue. And the image error of both parts."""
+def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int = 4, context: int = 5) -> tuple:
+    """Image errors, and GIF frames with rows truth, model, error for `count` replayed sequences: `context` steps from
+    the posterior, the rest imagined with the recorded actions; below them the predicted reward and continue."""
     batch, _ = replay.sample(count, args.batch_length + 1)
     device, world, rssm = next(agent.parameters()).device, agent.world, agent.world.rssm
     carry, obs = split_context({k: v.to(device) for k, v in batch.items()})
@@ -1423,7 +1428,7 @@ def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int
 
 # ==== shared: checkpoint ====
 def save_atomic(payload: dict, path: Path) -> None:
-    """Write, fsync, replace; the file before stays as *_prev. A kill or full disk at any moment leaves a loadable file."""
+    """Write, fsync, replace; the file before stays as *_prev. A kill or a full disk always leaves a loadable file."""
     part = path.with_suffix(".tmp")
     with open(part, "wb") as file:
         torch.save(payload, file)
@@ -1435,7 +1440,7 @@ def save_atomic(payload: dict, path: Path) -> None:
 
 
 def load_checkpoint(path: Path, name: str = "checkpoint.pt") -> dict:
-    """The checkpoint in a run directory, or a file: plain data (weights_only). Damaged or foreign: one line, status 2."""
+    """The checkpoint in a run directory, or a file; plain data (weights_only). Damaged, foreign: one line, status 2."""
     file = path / name if path.is_dir() else path
     previous = file.with_stem(file.stem.removesuffix("_prev") + "_prev")
     if not file.exists():
@@ -1474,7 +1479,8 @@ def start_run(args) -> tuple[Path, SummaryWriter]:
     packages = "".join(f"{p} {version(p)}\n" for p in ("torch", "gymnasium", "ale-py", "numpy"))
     (run / "versions.txt").write_text(f"python {sys.version}\n{packages}")
     writer = SummaryWriter(str(run))
-    writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
+    table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
     return run, writer
 
 
@@ -1501,8 +1507,8 @@ class StopSignal:
 # ======== 12. main ========
 
 # On resume these may not change: they decide tensor shapes, the replay layout, or what the numbers mean.
-FIXED = ("env_id", "seed", "num_envs", "size", "image_size", "grayscale", "action_repeat", "full_action_space", "pixels",
-         "precision", "buffer_size")
+FIXED = ("env_id", "seed", "num_envs", "size", "image_size", "grayscale", "action_repeat", "full_action_space",
+         "pixels", "precision", "buffer_size")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1538,7 +1544,8 @@ def validate(args: Args) -> Args:
     if args.train_ratio == 0 or max(args.gamma, args.lam, args.unimix, args.actor_unimix, args.sticky_actions) > 1:
         fail("--train-ratio must be positive; --gamma, --lam, --sticky-actions and the unimix shares are at most 1")
     if args.buffer_size // args.num_envs <= args.batch_length:
-        fail(f"--batch-length {args.batch_length} needs {(args.batch_length + 1) * args.num_envs} rows of --buffer-size")
+        need = (args.batch_length + 1) * args.num_envs
+        fail(f"--batch-length {args.batch_length} needs {need} rows of --buffer-size")
     return args
 
 
@@ -1552,7 +1559,7 @@ def resolve(args: Args, device: torch.device) -> Args:
 
 
 def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:
-    """Fields of a replay row: name -> (shape, dtype). Latents without loss: h in computation precision, class indices."""
+    """Fields of a replay row: name -> (shape, dtype). Nothing is lost: h in computation precision, z as indices."""
     flag, rssm = ((), torch.bool), agent.world.rssm
     obs = {k: (shape, torch.uint8 if k == "image" else torch.float32) for k, shape in shapes.items()}
     return dict(obs, reward=((), torch.float32), is_first=flag, is_last=flag, is_terminal=flag,
@@ -1560,8 +1567,8 @@ def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:
                 deter=((rssm.deter,), torch.bfloat16 if args.precision == "bf16" else torch.float32))
 
 
-def make_replay(specs: dict, capacity: int, num_envs: int, args: Args, device: torch.device, folder: Path) -> SequenceReplay:
-    """Replay on the GPU if it fits in half of the free memory there, else in files; prints its size before allocating."""
+def make_replay(specs: dict, capacity: int, num_envs: int, args: Args, device: torch.device, folder: Path):
+    """SequenceReplay on the GPU if it fits in half of the free memory, else in files; prints its size beforehand."""
     row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
     need, wanted = row * capacity * num_envs, args.buffer_device
     if wanted == "cuda" and device.type != "cuda":
@@ -1570,7 +1577,8 @@ def make_replay(specs: dict, capacity: int, num_envs: int, args: Args, device: t
     if wanted == "cuda" and not fits:
         fail(f"replay needs {need / 2**30:.1f} GiB, over half of the free GPU memory; lower --buffer-size")
     device = device if fits and wanted != "cpu" else torch.device("cpu")
-    print(f"replay: {capacity * num_envs:,} rows x {row:,} bytes = {need / 2**30:.2f} GiB on {device.type}, in {folder}")
+    size = f"{capacity * num_envs:,} rows x {row:,} bytes = {need / 2**30:.2f} GiB"
+    print(f"replay: {size} on {device.type}, in {folder}")
     folder.mkdir(exist_ok=True)
     free = shutil.disk_usage(folder).free
     if not any(folder.iterdir()) and need > free:
@@ -1585,7 +1593,7 @@ def main(args: Args) -> None:
     device = pick_device(args.device, local_rank)
     args = resolve(args, device)
     if args.num_envs % world_size or args.batch_size % world_size:
-        fail(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world_size} processes")
+        fail(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world_size} ranks")
     num_envs, batch_size, length = args.num_envs // world_size, args.batch_size // world_size, args.batch_length + 1
     envs = make_envs(args, num_envs, args.seed + rank * num_envs)
     torch.manual_seed(args.seed)  # the same weights on every rank
@@ -1595,11 +1603,12 @@ def main(args: Args) -> None:
         saved, run = load_checkpoint(path, "policy.pt"), path if path.is_dir() else path.parent
         agent.load_state_dict(saved["agent"], strict=False)  # policy.pt holds what acting needs
         with SummaryWriter(str(run)) as writer:
-            log_results(*evaluate(agent, args, device, saved["step"]), writer, run / "videos" / "eval.gif", "eval/episode", 0)
+            results = evaluate(agent, args, device, saved["step"])
+            log_results(*results, writer, run / "videos" / "eval.gif", "eval/episode", saved["step"])
         return
     if args.compile == "on":
         agent.compile_regions()
-    optimizer = LaProp([p for n, p in agent.named_parameters() if "slow_critic" not in n], args.lr, args.warmup, args.agc)
+    optimizer = LaProp(agent.parameters(), args.lr, args.warmup, args.agc)
     saved = load_checkpoint(Path(args.resume)) if args.resume else None
     run, writer = start_run(args) if rank == 0 else ("", None)
     run = Path(share_text(str(run)))
@@ -1626,9 +1635,10 @@ def main(args: Args) -> None:
         if rank == 0:
             common = dict(algorithm=Path(__file__).stem, args=asdict(args), step=step)
             cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-            save_atomic(dict(common, agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict(),
-                             capacity=rows, updates=updates, ratio=ratio.previous, rng=torch.get_rng_state(),
-                             cuda_rng=cuda_rng), run / "checkpoint.pt")
+            save_atomic(dict(
+                common, agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict(),
+                capacity=rows, updates=updates, ratio=ratio.previous, rng=torch.get_rng_state(), cuda_rng=cuda_rng,
+            ), run / "checkpoint.pt")
             acting = ("world.encoder", "world.rssm", "behaviour.actor")
             policy = {k: v for k, v in agent.state_dict().items() if k.startswith(acting)}
             save_atomic(dict(common, agent=policy), run / "policy.pt")
@@ -1644,9 +1654,9 @@ def main(args: Args) -> None:
     if rank == 0:
         modules = [*agent.world.named_children(), *agent.behaviour.named_children()]
         counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in modules}
+        parts = ", ".join(f"{k} {v:,}" for k, v in counts.items() if v)
         print(f"run directory: {run}\ndevice: {device}, {args.precision}, compile {args.compile}, {args.size}\n"
-              f"parameters: {sum(counts.values()):,} (" + ", ".join(f"{k} {v:,}" for k, v in counts.items() if v) + ")\n"
-              f"gradient steps per policy step: {ratio.ratio:g} "
+              f"parameters: {sum(counts.values()):,} ({parts})\ngradient steps per policy step: {ratio.ratio:g} "
               f"(train ratio {args.train_ratio:g}, batch {args.batch_size} x {args.batch_length})")
 
     # ---- the loop: step all environments, act, store, learn ----
@@ -1657,9 +1667,10 @@ def main(args: Args) -> None:
     enough = min(args.batch_size * args.batch_length, (rows - length + 1) * args.num_envs)  # official: B*T sequences
     while step < args.total_timesteps:
         state = agent.act(row, state)
-        state["action"] *= torch.as_tensor(~row["is_last"], device=device)[:, None]  # no action follows an episode's end
+        state["action"] *= torch.as_tensor(~row["is_last"], device=device)[:, None]  # none follows an episode's end
         action = state["action"].cpu().numpy()
-        replay.add(dict(row, action=state["action"], deter=state["deter"], stoch=agent.world.pack(state["stoch"])), length)
+        latents = dict(deter=state["deter"], stoch=agent.world.pack(state["stoch"]))
+        replay.add(dict(row, action=state["action"], **latents), length)
         decisions, stopping = sum_ranks([int((~row["is_first"]).sum()), stop.received], device)
         before, step = step, step + int(decisions)
         for _, ret, steps in episodes.update(row):
@@ -1682,8 +1693,9 @@ def main(args: Args) -> None:
         if rank == 0 and reached(args.log_every) and metrics:
             seconds, steps, count = (new - old for new, old in zip((time.time(), step, updates), clock))
             clock = (time.time(), step, updates)
-            scalars = {"charts/SPS": steps / seconds, "charts/UPS": count / seconds, "charts/frames": step * args.action_repeat}
-            log_results({**scalars, **check_finite(metrics, step, run)}, [], writer, run, "", step)
+            charts = dict(SPS=steps / seconds, UPS=count / seconds, frames=step * args.action_repeat)
+            scalars = {**{f"charts/{k}": v for k, v in charts.items()}, **check_finite(metrics, step, run)}
+            log_results(scalars, [], writer, run, "", step)
         if reached(args.save_every) or stopping:
             save()
         if stopping:

@@ -1,6 +1,8 @@
 """The sequence replay: which sequences it gives, what it writes back, what survives a kill. Every field tells its row."""
+import copy
 import errno
 import os
+import re
 
 import numpy as np
 import pytest
@@ -100,6 +102,13 @@ def test_online_queue_forgets_what_the_ring_lost(m):
 
 
 @REPLAYS
+def test_online_queue_with_another_length(m):
+    """A sequence queued for length 4 (before a resume with a longer --batch-length) must not reach beyond the newest row."""
+    replay = fill(m, 100, 1, 21)
+    heads(replay, 10, 9)
+
+
+@REPLAYS
 def test_latents_written_back_at_their_rows_only(m):
     """`write` changes the T rows it was given and reads back; the context row, other streams and other fields stay."""
     torch.manual_seed(0)
@@ -123,44 +132,43 @@ def test_resume_after_a_kill(m, rows, more, tmp_path):
     """Rows 0..rows-1 belong to the checkpoint; a process that wrote `more` and died does not harm what is left of them."""
     replay = fill(m, 15, 2, rows, folder=tmp_path)
     replay.flush()
-    state = replay.state_dict()
+    state = copy.deepcopy(replay.state_dict())
     fill(m, 15, 2, more, start=rows, replay=replay)
     del replay
-    lost = max(rows + more - 15, 0)  # all older rows were overwritten by somebody
     for life in range(3):  # killed again and again before the next checkpoint
         replay = m.SequenceReplay(SPECS, 15, 2, CPU, tmp_path)
-        replay.load_state_dict(state)
-        assert (replay.rows, replay.size) == (rows, max(rows - lost, 0))
-        if replay.starts(4):
-            heads(replay, 50, 4)
-        fill(m, 15, 2, life, start=rows, replay=replay)
-        if replay.starts(4):
-            heads(replay, 50, 4)
+        replay.load_state_dict(copy.deepcopy(state))
+        assert (replay.rows, replay.size) == (rows, min(rows, max(15 - more, 0)))
+        for extra in (0, life):
+            fill(m, 15, 2, extra, start=rows, replay=replay)
+            if replay.starts(4):
+                heads(replay, 50, 4)
+        more = max(more, life)
     fill(m, 15, 2, 20, start=rows + 2, replay=replay)
     assert replay.size == 15 and max(heads(replay, 50, 4))[0] == rows + 18
 
 
 @REPLAYS
-def test_bytes_needed(m, tmp_path):
-    need = m.Storage.bytes_needed(SPECS, 15, 2)
-    replay = m.SequenceReplay(SPECS, 15, 2, CPU, None)
-    assert need == sum(v.numel() * v.element_size() for v in replay.data.values())
-    m.SequenceReplay(SPECS, 15, 2, CPU, tmp_path)
-    files = [tmp_path / f"{name}.npy" for name in SPECS]
-    assert need == sum(f.stat().st_size for f in files) - 128 * len(files)  # a .npy header has 128 bytes
+def test_announced_bytes_are_the_real_size(m, tmp_path, capsys):
+    """The size printed before allocating is that of the tensors and of the files, whose disk space is taken at once."""
+    replay = m.make_replay(SPECS, 15, 2, m.Args(), CPU, tmp_path / "replay")
+    rows, size = (int(x.replace(",", "")) for x in re.search(r"([\d,]+) rows x ([\d,]+) bytes", capsys.readouterr().out).groups())
+    assert rows * size == sum(v.numel() * v.element_size() for v in replay.data.values())
+    files = [(tmp_path / "replay" / f"{name}.npy").stat() for name in SPECS]
+    assert rows * size == sum(f.st_size - 128 for f in files)  # a .npy header has 128 bytes
     if hasattr(os, "posix_fallocate"):
-        assert all(f.stat().st_blocks * 512 >= f.stat().st_size for f in files), "disk space is not reserved"
+        assert all(f.st_blocks * 512 >= f.st_size for f in files)
 
 
 @REPLAYS
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no posix_fallocate on this system")
-def test_full_disk_is_an_error_before_a_row_is_written(m, tmp_path, monkeypatch):
+def test_full_disk_is_an_error_before_the_first_row(m, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        fill(m, 15, 2, 1, folder=tmp_path)
+    with pytest.raises(OSError) as caught:
+        m.SequenceReplay(SPECS, 15, 2, CPU, tmp_path)
     assert caught.value.errno == errno.ENOSPC
 
 

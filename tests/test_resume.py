@@ -56,6 +56,11 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
     assert any(text in line for line in process.stdout), process.stderr.read()
 
 
+def messages(err: str) -> list[str]:
+    """Lines on stderr beside the progress bar, which ends in no newline while it lives."""
+    return [line for line in re.split(r"[\r\n]+", err) if line.strip() and "%|" not in line]
+
+
 def only(folder: Path) -> Path:
     (path,) = folder.iterdir()
     return path
@@ -133,7 +138,7 @@ def test_checkpoints_are_plain_data(finished):
     for name, step in {"checkpoint.pt": 24, "checkpoint_prev.pt": 20, "policy.pt": 24, "policy_prev.pt": 20}.items():
         assert checkpoint(run, name)["step"] == step
     saved = checkpoint(run)
-    assert saved["ratio"] % 1 != 0 and saved["rng"]["cpu"].dtype == torch.uint8
+    assert saved["ratio"] % 1 != 0 and saved["rng"].dtype == torch.uint8
     assert (run / "policy.pt").stat().st_size < (run / "checkpoint.pt").stat().st_size / 2
 
 
@@ -170,7 +175,7 @@ def test_signals_save_and_exit_0(name, number, tmp_path):
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, messages(err)) == (0, [])
     run = only(tmp_path)
     assert check_rows(run)["step"] == int(re.search(rf"saved at step (\d+); continue with --resume {run}", out)[1])
 
@@ -278,7 +283,7 @@ def test_full_disk_while_saving(room, finished, tmp_path, monkeypatch, capfd):
         patch.setattr("builtins.open", lambda file, mode="r", *rest, **more: (
             FullDisk(file, "w") if str(file).endswith(".tmp") else real_open(file, mode, *rest, **more)))
         assert execute(name, "--resume", run, "--total-timesteps", 40) == 2
-    (line,) = capfd.readouterr().err.splitlines()
+    (line,) = messages(capfd.readouterr().err)
     assert line.startswith("error: the disk is full")
     assert (run / "checkpoint.pt").read_bytes() == before
     assert execute(name, "--resume", run, "--total-timesteps", 40) == 0 and check_rows(run, 1)["step"] == 40
@@ -308,7 +313,7 @@ def test_resume_refuses_another_shape(finished, capsys):
     saved = checkpoint(run)["args"]
     for field in (f.name for f in fields(load(name).Args) if f.default == "auto"):
         args = load(name).parse_args(["--resume", str(run), f"--{field.replace('_', '-')}", "auto"])
-        assert getattr(args, field) in (saved[field], "auto") and capsys.readouterr().err == ""
+        assert getattr(args, field) in (saved[field], "auto")
 
 
 @pytest.mark.parametrize("file", ["", "checkpoint.pt", "checkpoint_prev.pt"], ids=["folder", "file", "previous"])
@@ -338,7 +343,7 @@ def test_run_the_copy_in_the_run_directory(finished, tmp_path):
     name, run = finished[0], Path(shutil.copytree(finished[1], tmp_path / "run"))
     with start(run / f"{name}.py", "--resume", run, "--total-timesteps", 30) as process:
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "") and checkpoint(run)["step"] == 30
+    assert (process.returncode, messages(err)) == (0, []) and checkpoint(run)["step"] == 30
 
 
 def test_eval_only_needs_no_more_than_policy_pt(finished, tmp_path, capsys):

@@ -1,0 +1,211 @@
+"""Speed of one script: `python tests/benchmark.py dreamer_v3.py [--updates 20] [--threads 1] [--real 60] [its flags]`.
+
+Times complete updates (replay sampling, loss, backward, optimiser, slow critic, write-back) on seeded random data in a
+real replay, the policy step, and the Atari environment alone; with --real also that many seconds of real training.
+Prints one line for people and one JSON line. Compare only figures of one run on one machine."""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import ROOT, load
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+VIEWS = {
+    "view",
+    "_unsafe_view",
+    "expand",
+    "t",
+    "transpose",
+    "permute",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "unbind",
+    "split",
+    "split_with_sizes",
+    "detach",
+    "alias",
+    "as_strided",
+    "empty_like",
+    "_reshape_alias",
+}
+
+
+class CountDispatches(TorchDispatchMode):
+    """Number of operator calls that launch work; about the number of kernels of an eager update."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function._schema.name.removeprefix("aten::") not in VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+def synthetic_rows(script, shapes: dict, agent, num_envs: int, seed: int):
+    """Endless replay rows: random images (never zeros), rewards N(0,1), 1 % episode starts, 0.2 % terminals."""
+    rng, rssm, actions = np.random.default_rng(seed), agent.world.rssm, agent.behaviour.action_dim
+    last = np.zeros(num_envs, bool)
+    while True:
+        first, terminal = last, rng.random(num_envs) < 0.002
+        last = terminal | (rng.random(num_envs) < 0.01)
+        obs = {
+            k: rng.integers(0, 256, (num_envs, *s)).astype(np.uint8)
+            if k == "image"
+            else rng.normal(size=(num_envs, *s))
+            for k, s in shapes.items()
+        }
+        yield dict(
+            obs,
+            reward=rng.normal(size=num_envs),
+            is_first=first,
+            is_last=last,
+            is_terminal=terminal,
+            action=np.eye(actions)[rng.integers(actions, size=num_envs)],
+            stoch=rng.integers(0, rssm.classes, (num_envs, rssm.stoch)),
+            deter=rng.normal(size=(num_envs, rssm.deter)) / 3,
+        )
+
+
+def timed(function, device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each call: wall time until the device is done, CPU time of this process, and host time until return."""
+    times = dict(wall=[], cpu=[], host=[])
+    for _ in range(repeats):
+        wall, cpu = time.perf_counter(), time.process_time()
+        function()
+        times["host"].append(1e3 * (time.perf_counter() - wall))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times["wall"].append(1e3 * (time.perf_counter() - wall))
+        times["cpu"].append(1e3 * (time.process_time() - cpu))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file")
+    for name, default in (("updates", 20), ("threads", 1), ("real", 0), ("peak-tflops", 0.0)):
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    own, flags = parser.parse_known_args()
+    torch.set_num_threads(own.threads)
+    script = load(Path(own.file).stem)
+    args = script.parse_args(flags)
+    device = script.pick_device(args.device)
+    args = script.resolve(args, device)
+    torch.manual_seed(args.seed)
+    shapes, discrete, actions = {"image": (args.image_size, args.image_size, 1 if args.grayscale else 3)}, True, 6
+    if not args.env_id.startswith("ALE/"):
+        envs = script.make_envs(args, 1, args.seed)
+        shapes, discrete, actions = envs.shapes, envs.discrete, envs.action_dim
+    agent = script.Agent(shapes, actions, discrete, args).to(device)
+    optimizer = script.LaProp(
+        [p for n, p in agent.named_parameters() if "slow" not in n], args.lr, args.warmup, args.agc
+    )
+    length = args.batch_length + 1
+    replay = script.SequenceReplay(script.replay_specs(shapes, agent, args), 10 * length, args.num_envs, device, None)
+    rows = synthetic_rows(script, shapes, agent, args.num_envs, args.seed)
+    for _ in range(10 * length):
+        replay.add(next(rows), length)
+
+    def update() -> dict:
+        return script.train_step(agent, optimizer, replay, args.batch_size)
+
+    update()
+    with FlopCounterMode(display=False) as flops, CountDispatches() as dispatches:
+        update()
+    start = time.perf_counter()
+    if args.compile == "on":
+        agent.compile_regions()
+    for _ in range(3):
+        update()
+    warmup = time.perf_counter() - start
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    ms = timed(update, device, own.updates)
+    row, state = next(rows), agent.initial(args.num_envs, device)
+    acting = timed(lambda: agent.act(row, state)["action"].cpu(), device, 50)
+    gflop, median = flops.get_total_flops() / 1e9, statistics.median(ms["wall"])
+    low, *_, high = statistics.quantiles(ms["wall"], n=10)
+    result = dict(
+        script=Path(own.file).name,
+        size=args.size,
+        batch=[args.batch_size, args.batch_length, args.imag_horizon],
+        ms_per_update=median,
+        ms_p10=low,
+        ms_p90=high,
+        cpu_ms_per_update=statistics.median(ms["cpu"]),
+        host_ms_per_update=statistics.median(ms["host"]),
+        updates_per_s=1e3 / median,
+        replayed_frames_per_s=1e3 * args.batch_size * args.batch_length / median,
+        act_ms=statistics.median(acting["wall"]),
+        env_steps_per_s_acting=1e3 * args.num_envs / statistics.median(acting["wall"]),
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        peak_mem_alloc_mb=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+        warmup_s=warmup,
+        warmup_updates=3,
+        dispatches_per_update=dispatches.count,
+        gflop_per_update=gflop,
+        cpu_ms_per_gflop=statistics.median(ms["cpu"]) / gflop,
+        tflops=gflop / median,
+        mfu=gflop / median / own.peak_tflops if own.peak_tflops else None,
+        params=sum(p.numel() for p in agent.parameters() if p.requires_grad),
+        precision=args.precision,
+        compile=args.compile,
+        threads=own.threads,
+        torch=torch.__version__,
+        seed=args.seed,
+        final_loss=float(update()["losses/dyn"]),
+        device_name=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        git_sha=subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip(),
+    )
+    if args.env_id.startswith("ALE/"):
+        envs = script.make_envs(args, args.num_envs, args.seed)
+        envs.reset()
+        action = np.eye(envs.action_dim)[np.zeros(args.num_envs, int)]
+        result["env_only_steps_per_s"] = (
+            1e3 * args.num_envs / statistics.median(timed(lambda: envs.step(action), device, 300)["wall"])
+        )
+    if own.real:
+        result["end_to_end_steps_per_s"] = real_training(own, flags)
+    print(
+        f"{result['script']} {args.size} B{args.batch_size}xT{args.batch_length} on {device.type}, {args.precision}, compile "
+        f"{args.compile}: {median:.1f} ms per update ({result['cpu_ms_per_update']:.1f} CPU ms), {gflop:.1f} GFLOP, "
+        f"{dispatches.count} dispatches, act {result['act_ms']:.2f} ms, peak {result['peak_rss_mb']:.0f} MB"
+    )
+    print(json.dumps(result))
+
+
+def real_training(own, flags: list[str]) -> float:
+    """Policy steps per second over `--real` seconds of the script itself, prefill included."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / own.file), *flags, "--run-dir", folder],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(own.real)
+        process.terminate()
+        process.wait()
+        saved = torch.load(next(Path(folder).rglob("checkpoint.pt")), weights_only=True)
+        return saved["step"] / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()

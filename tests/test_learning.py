@@ -1,0 +1,91 @@
+"""Every script learns small tasks from scratch: run with `python -m pytest -m learning`.
+
+A case trains with the script's own main() until the mean return of the last 20 episodes passes its threshold, then
+stops. `python tests/test_learning.py SCRIPT CASE SEED` runs one by hand and writes its curve to tests/results/."""
+
+import csv
+import os
+import signal
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import pytest
+from conftest import ALGORITHMS, TESTS, load
+
+pytestmark = pytest.mark.learning
+
+FAST = dict(size="size1m", image_size=16, batch_size=16, lr=3e-4, warmup=100, ent_coef=3e-3, device="cpu",
+            total_timesteps=20_000, eval_episodes=0, video_every=0, save_every=10**9, buffer_size=50_000)
+CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; random play: catch -0.5, track 6.5, CartPole 22
+    "dreamer_v3": dict(
+        catch=(0.8, dict(FAST, env_id="envs:Catch-v0", batch_length=8, imag_horizon=7, train_ratio=64)),
+        track=(20.0, dict(FAST, env_id="envs:Track-v0", batch_length=12, imag_horizon=8, train_ratio=64)),
+        cartpole=(150.0, dict(FAST, env_id="CartPole-v1", batch_length=16, imag_horizon=15, train_ratio=128)),
+    ),
+}
+
+
+class Reached(Exception):
+    """The mean of the last 20 returns has passed the threshold."""
+
+
+def learn(script, threshold: float, flags: dict, run_dir: Path) -> list[tuple[int, float]]:
+    """Train until the threshold is passed or the budget is used up -> curve of (policy steps, mean of 20 returns)."""
+    returns, curve, steps = deque(maxlen=20), [], 0
+
+    class Watch(script.Episodes):
+        def update(self, row):
+            nonlocal steps
+            steps += int((~row["is_first"]).sum())
+            ended = super().update(row)
+            for _, ret, _ in ended:
+                returns.append(ret)
+                curve.append((steps, sum(returns) / len(returns)))
+                if len(returns) == 20 and curve[-1][1] >= threshold:
+                    raise Reached
+            return ended
+
+    original, script.Episodes = script.Episodes, Watch
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        script.main(script.Args(**flags, run_dir=str(run_dir)))
+    except Reached:
+        pass
+    finally:
+        script.Episodes = original
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    return curve
+
+
+@pytest.mark.parametrize("name, case", [(name, case) for name in ALGORITHMS if name in CASES for case in CASES[name]])
+def test_learns(name, case, tmp_path):
+    threshold, flags = CASES[name][case]
+    start = time.process_time()
+    curve = learn(load(name), threshold, flags, tmp_path)
+    best = max(mean for _, mean in curve[19:])
+    print(
+        f"{name} {case}: mean of 20 returns {best:.2f} after {curve[-1][0]} steps, {time.process_time() - start:.0f} s"
+    )
+    assert best >= threshold
+
+
+if __name__ == "__main__":
+    name, case, seed = sys.argv[1:4]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    threshold, flags = CASES[name][case]
+    start, results = time.time(), TESTS / "results"
+    curve = learn(
+        load(name), threshold, dict(flags, seed=int(seed)), Path(sys.argv[4] if len(sys.argv) > 4 else "runs")
+    )
+    results.mkdir(exist_ok=True)
+    with open(results / f"{name}_{case}_seed{seed}.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["policy_steps", "mean_return_of_last_20_episodes"])
+        writer.writerows((steps, round(mean, 3)) for steps, mean in curve)
+    print(
+        f"{name} {case} seed {seed}: {curve[-1][1]:.2f} (threshold {threshold}) after {curve[-1][0]} steps, "
+        f"{(time.time() - start) / 60:.1f} min"
+    )
