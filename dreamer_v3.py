@@ -222,9 +222,6 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 # ======== 3. pure functions ========
 
 
-# ======== 3. pure functions ========
-
-
 # ==== shared: symlog and two-hot ====
 def symlog(x: torch.Tensor) -> torch.Tensor:  # D1
     """sign(x) ln(|x| + 1), the squashing of vector inputs. Eq. 9 (arXiv:2301.04104v2)."""
@@ -363,7 +360,7 @@ class BoundedNormal:
 
 # ==== shared: image resize ====
 def resize_bilinear(frames: np.ndarray, size: int) -> np.ndarray:
-    """(N,Y,X,C) uint8 -> (N,size,size,C), antialiased: bit-identical to Pillow's BILINEAR (official: V1, V3, IRIS)."""
+    """(N,Y,X,C) uint8 -> (N,size,size,C), antialiased: Pillow's BILINEAR (official: V1, V3, IRIS) to one gray level."""
     x = torch.from_numpy(frames).permute(0, 3, 1, 2)
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
 
@@ -461,10 +458,14 @@ class GymEnvs:
         self.num_envs, self.seed, self.size, self.act = num_envs, seed, size, self.envs.single_action_space
         space = self.envs.single_observation_space
         spaces = dict(space) if isinstance(space, gymnasium.spaces.Dict) else {"obs": space}
+        reserved = "action reward cont is_first is_last is_terminal deter stoch dyn rep policy value repval".split()
         for key, entry in spaces.items():
-            if not isinstance(entry, gymnasium.spaces.Box) or (len(entry.shape) == 3) != (entry.dtype == np.uint8):
+            image, box = len(entry.shape or ()) == 3, isinstance(entry, gymnasium.spaces.Box)
+            if not box or image != (entry.dtype == np.uint8) or image and entry.shape[0] < 5:
                 fail(f"{env_id}: observation {key!r} is {entry}; supported are uint8 (Y,X,C) images, Box vectors and "
                      "Dicts of them (gymnasium.wrappers.FlattenObservation may help, or edit GymEnvs in section 4)")
+            if key in reserved or not key.isidentifier() or hasattr(nn.ModuleDict, key) or key == "image" and not image:
+                fail(f"{env_id}: observation {key!r} needs another name, this one has a meaning in the script")
         self.images = sorted(k for k, s in spaces.items() if len(s.shape) == 3)
         self.vectors = sorted(k for k in spaces if k not in self.images)
         self.shapes = {k: (math.prod(spaces[k].shape),) for k in self.vectors}
@@ -488,7 +489,7 @@ class GymEnvs:
             finite = self.act.bounded_below & self.act.bounded_above
             unit = action.reshape(-1, *self.act.shape).clip(-1, 1)
             low, high = np.where(finite, self.act.low, -1), np.where(finite, self.act.high, 1)
-            native = (low + (unit + 1) / 2 * (high - low)).astype(self.act.dtype)
+            native = (low + (unit + 1) / 2 * (high - low)).clip(self.act.low, self.act.high).astype(self.act.dtype)
         obs, reward, terminated, truncated, _ = self.envs.step(native)
         first, self.over = self.over, terminated | truncated
         return self._row(obs, reward, terminated, self.over, first)
@@ -505,7 +506,7 @@ class GymEnvs:
 def make_envs(args: Args, num_envs: int, seed: int) -> AtariEnvs | GymEnvs:
     """The one place that knows which environment it is. An unknown id or a missing package: one line, exit status 2."""
     try:
-        if args.env_id.startswith("ALE/") and not args.pixels:
+        if args.env_id.startswith("ALE/"):
             return AtariEnvs(args.env_id, num_envs, seed, args.image_size, "bilinear", args.grayscale,
                              args.action_repeat, args.sticky_actions, args.full_action_space)
         return GymEnvs(args.env_id, num_envs, seed, args.image_size, args.action_repeat, args.pixels)
@@ -611,11 +612,12 @@ class SequenceReplay(Storage):  # D9
         """How many sequences of that length can be sampled."""
         return max(self.size - length + 1, 0) * self.num_envs
 
-    def sample(self, batch_size: int, length: int) -> tuple[dict, torch.Tensor]:
+    def sample(self, batch_size: int, length: int, online: bool = True) -> tuple[dict, torch.Tensor]:
         """-> fields (length,batch_size,...) on the device, and their positions for `write`."""
-        oldest = self.rows - self.size
-        valid = [item for item in self.queue if item[0] >= oldest]
-        fresh, self.queue = valid[:batch_size], valid[batch_size:]
+        oldest, fresh = self.rows - self.size, []
+        if online:
+            valid = [item for item in self.queue if oldest <= item[0] <= self.rows - length]
+            fresh, self.queue = valid[:batch_size], valid[batch_size:]
         start, env = torch.rand((2, batch_size), dtype=torch.float64, device=self.device)
         start = oldest + (start * (self.size - length + 1)).long()
         env = (env * self.num_envs).long()
@@ -1348,10 +1350,10 @@ def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, fl
     episodes, state, row = Episodes(num_envs), agent.initial(num_envs, device), envs.reset()
     done, frames = [[] for _ in range(num_envs)], []
     while min(map(len, done)) < quota:
-        for env, ret, length in episodes.update(row):
-            done[env].append((ret, length))
         if "image" in row and not done[0]:
             frames.append(to_rgb(row["image"][0]))
+        for env, ret, length in episodes.update(row):
+            done[env].append((ret, length))
         state = agent.act(row, state)
         row = envs.step(state["action"].cpu().numpy())
     returns, lengths = zip(*[episode for env in done for episode in env[:quota]])
@@ -1398,7 +1400,8 @@ def log_results(metrics: dict, frames: list, writer: SummaryWriter, path: Path, 
 def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int = 4, context: int = 5) -> tuple:
     """Image errors, and GIF frames with rows truth, model, error for `count` replayed sequences: `context` steps from
     the posterior, the rest imagined with the recorded actions; below them the predicted reward and continue."""
-    batch, _ = replay.sample(count, args.batch_length + 1)
+    context = min(context, args.batch_length // 2)
+    batch, _ = replay.sample(count, args.batch_length + 1, online=False)
     device, world, rssm = next(agent.parameters()).device, agent.world, agent.world.rssm
     carry, obs = split_context({k: v.to(device) for k, v in batch.items()})
     noise = torch.empty(args.batch_length, count, rssm.stoch, rssm.classes, device=device).exponential_()
@@ -1475,7 +1478,8 @@ def start_run(args) -> tuple[Path, SummaryWriter]:
     run = run if run.is_dir() or not args.resume else run.parent
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
-    shutil.copy(__file__, run / Path(__file__).name)
+    if Path(__file__).resolve().parent != run.resolve():
+        shutil.copy(__file__, run)
     packages = "".join(f"{p} {version(p)}\n" for p in ("torch", "gymnasium", "ale-py", "numpy"))
     (run / "versions.txt").write_text(f"python {sys.version}\n{packages}")
     writer = SummaryWriter(str(run))
@@ -1494,13 +1498,17 @@ def check_finite(metrics: dict, step: int, run: Path) -> dict[str, float]:
 
 
 class StopSignal:
-    """SIGINT, SIGTERM and SIGUSR1 (Slurm) ask the loop to save and exit 0 after the current step."""
+    """SIGINT, SIGTERM, SIGUSR1 (Slurm) ask the loop to save and exit 0 after the current step; a second one kills."""
 
     def __init__(self):
         self.received = False
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), lambda *_: setattr(self, "received", True))
+                signal.signal(getattr(signal, name), self.receive)
+
+    def receive(self, number, frame) -> None:
+        self.received = True
+        signal.signal(number, signal.SIG_DFL)
 # ==== end shared ====
 
 
@@ -1513,10 +1521,14 @@ FIXED = ("env_id", "seed", "num_envs", "size", "image_size", "grayscale", "actio
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags, over the arguments of the resumed (or evaluated) run, or over the preset. Bad flags exit with status 2."""
-    # tyro's int rejects 1e6: rewrite integral scientific notation before it looks
-    argv = [re.sub(r"(^|=)(\d+(?:\.\d+)?[eE]\+?\d+)$", lambda m: m[1] + str(int(float(m[2]))), a)
-            for a in (sys.argv[1:] if argv is None else argv)]
+    # tyro's int rejects 1e6: write such whole numbers out before it looks
+    def whole(match: re.Match) -> str:
+        return f"{float(match[0]):.0f}" if float(match[0]) % 1 == 0 else match[0]
+
+    argv = [re.sub(r"(?<![^=])\d+(\.\d+)?[eE]\+?\d\d?$", whole, a) for a in (sys.argv[1:] if argv is None else argv)]
     first = tyro.cli(Args, args=argv)
+    if first.eval_only and not first.checkpoint:
+        fail("--eval-only needs --checkpoint PATH")
     run = Path(first.checkpoint) if first.eval_only else find_run(first)
     if run is None:
         return validate(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[first.preset])))
@@ -1550,8 +1562,8 @@ def validate(args: Args) -> Args:
 
 
 def resolve(args: Args, device: torch.device) -> Args:
-    """Replace every `auto` by what it stands for here, so that checkpoints and logs hold plain values."""
-    cuda, atari = device.type == "cuda", args.env_id.startswith("ALE/") and not args.pixels
+    """Replace `auto` by what it stands for here, so that checkpoints and logs hold plain values."""
+    cuda, atari = device.type == "cuda", args.env_id.startswith("ALE/")
     return replace(args, size=args.size if args.size != "auto" else "size1m" if device.type == "cpu" else "size12m",
                    precision=args.precision if args.precision != "auto" else "bf16" if cuda else "fp32",
                    compile=args.compile if args.compile != "auto" else "on" if cuda else "off",
@@ -1693,8 +1705,8 @@ def main(args: Args) -> None:
         if rank == 0 and reached(args.log_every) and metrics:
             seconds, steps, count = (new - old for new, old in zip((time.time(), step, updates), clock))
             clock = (time.time(), step, updates)
-            charts = dict(SPS=steps / seconds, UPS=count / seconds, frames=step * args.action_repeat)
-            scalars = {**{f"charts/{k}": v for k, v in charts.items()}, **check_finite(metrics, step, run)}
+            scalars = {"charts/SPS": steps / max(seconds, 1e-9), "charts/UPS": count / max(seconds, 1e-9),
+                       "charts/frames": step * args.action_repeat, **check_finite(metrics, step, run)}
             log_results(scalars, [], writer, run, "", step)
         if reached(args.save_every) or stopping:
             save()

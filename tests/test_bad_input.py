@@ -131,7 +131,10 @@ def test_numbers_that_make_no_sense(name, capfd):
         whole = "int" in str(field.type)
         for value in ["-1", *([] if whole else ["nan", "inf", "-0.5"]), *(["0"] if whole and field.name not in may_be_zero else [])]:
             flag = f"--{field.name.replace('_', '-')}"
-            assert flag in refused(capfd, name, f"{flag}={value}")
+            with pytest.raises(SystemExit) as end:
+                load(name).parse_args([f"{flag}={value}"])
+            (line,) = capfd.readouterr().err.splitlines()
+            assert end.value.code == 2 and line.startswith("error: ") and flag in line
 
 
 @each_script
@@ -197,6 +200,15 @@ def test_damaged_run(case, run, capfd):
     after = contents(folder)
     changed = {path.name for path in before if after.get(path) != before[path]}
     assert not {path for path in changed if path.endswith((".pt", ".npy"))}
+
+
+def test_policy_without_an_actor(run, capfd):
+    """Not played with random weights in place of the missing ones."""
+    name, folder = run
+    saved = checkpoint(folder, "policy.pt")
+    actor = [key for key in saved["agent"] if "actor" in key]
+    torch.save(dict(saved, agent={k: v for k, v in saved["agent"].items() if k not in actor}), folder / "policy.pt")
+    assert actor and str(folder) in refused(capfd, name, "--eval-only", "--checkpoint", folder, "--eval-episodes", 1)
 
 
 def test_policy_is_no_run(run, capfd):

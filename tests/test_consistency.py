@@ -1,11 +1,11 @@
-"""The same result by another way: parallel and step by step, one sequence and two, one element alone, bf16, compiled."""
+"""The same result by another way: parallel or in steps, one sequence or two, one element alone, bf16, compiled."""
 import copy
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from test_gradients import V3, all_losses, optimizer_of, random_replay, random_rows, tiny
+from test_gradients import SHAPES, V3, all_losses, optimizer_of, random_replay, random_rows, tiny
 
 T, B = 6, 3
 
@@ -57,7 +57,7 @@ def test_sequence_with_a_reset_is_two_sequences(m):
 
 @V3
 def test_nothing_crosses_a_reset(m):
-    """Changing every field of the rows before a reset changes no loss and no latent from the reset on. Trap: the action before it too."""
+    """Changing every field of the rows before a reset, the last action included, changes no loss or latent after."""
     agent = tiny(m)
     batch, other = random_rows(agent), random_rows(agent, seed=1)
     batch["is_first"][3] = True  # row 3 is step 2 of the losses
@@ -71,10 +71,10 @@ def test_nothing_crosses_a_reset(m):
 
 @V3
 def test_batch_elements_are_independent(m):
-    """Changing every field of sequence 1 changes all of its losses and no loss of the others (the return scale is 1 here)."""
+    """Changing every field of sequence 1 changes all of its losses and none of the others (the return scale is 1)."""
     agent = tiny(m)
     batch, other = random_rows(agent), random_rows(agent, seed=1)
-    changed = {k: v if k.startswith("is_") else torch.stack([v[:, 0], other[k][:, 1], v[:, 2]], 1) for k, v in batch.items()}
+    changed = {k: v if k[:3] == "is_" else torch.stack([v[:, 0], other[k][:, 1], v[:, 2]], 1) for k, v in batch.items()}
     torch.manual_seed(2)
     losses = all_losses(agent, batch)
     torch.manual_seed(2)
@@ -88,15 +88,15 @@ def test_batch_elements_are_independent(m):
 @V3
 @pytest.mark.parametrize("discrete", [True, False])
 def test_acting_is_observing(m, discrete):
-    """Latents and actions that the policy made step by step, across episode ends, are those of one scan over the stored rows."""
+    """Latents and actions that the policy made step by step, across episode ends, are those of one scan of the rows."""
     agent, envs, steps = tiny(m, discrete), 2, 12
     rng, device = np.random.default_rng(0), torch.device("cpu")
     state, rows, policy_noise = agent.initial(envs, device), [], []
     rssm, post_noise = agent.world.rssm, torch.empty(steps, envs, agent.world.rssm.stoch, agent.world.rssm.classes)
     for t in range(steps):
         first = np.array([t in (0, 5), t in (0, 8)])
-        row = dict(image=rng.integers(0, 256, (envs, 16, 16, 3), np.uint8), vector=rng.normal(size=(envs, 5)).astype(np.float32),
-                   is_first=first, is_last=np.zeros(envs, bool))
+        row = dict(image=rng.integers(0, 256, (envs, 16, 16, 3), np.uint8), is_first=first,
+                   is_last=np.zeros(envs, bool), vector=rng.normal(size=(envs, 5)).astype(np.float32))
         torch.manual_seed(t)
         state = agent.act(row, state)
         torch.manual_seed(t)  # the same draws again: posterior first, then the action
@@ -116,16 +116,50 @@ def test_acting_is_observing(m, discrete):
 
 
 @V3
+def test_dreaming_is_observing_without_tokens(m):
+    """A dream's step has the h of an observed step, and draws z from the prior with its uniform share."""
+    agent, count = tiny(m).double(), 300
+    rssm = agent.world.rssm
+    rssm.prior_head[-1].weight.data *= 100  # near certainty, where the uniform share is what is left
+    sizes = rssm.deter, rssm.stoch * rssm.classes, 3, agent.world.encoder.tokens
+    deter, stoch, action, tokens = (torch.randn(count, n).double() for n in sizes)
+    noise, alive = torch.empty(count, 32, 2).double().exponential_(), torch.zeros(1, count, dtype=torch.bool)
+    seen, _, _ = rssm.observe(tokens[None], action[None], alive, deter, stoch, noise[None])
+    dreamt, sample = rssm.imagine_step(rssm.scan_weights(torch.float64, defer=False), deter, stoch, action, noise)
+    torch.testing.assert_close(dreamt, seen[0], rtol=1e-12, atol=1e-12)
+    probs = 0.99 * rssm.prior(dreamt).softmax(-1) + 0.01 / 2
+    assert torch.equal(sample.unflatten(1, (32, 2)).argmax(-1), (probs / noise).argmax(-1))
+
+
+@V3
+def test_update_writes_its_latents_back(m):
+    """After an update, replay holds the new posterior at rows 1..T of the sequence, and is unchanged elsewhere."""
+    agent, flat = tiny(m), {}
+    replay, optimizer = random_replay(m, agent, SHAPES, 40, T), optimizer_of(m, agent, lr=0.0)
+    before = {k: v.clone() for k, v in replay.data.items()}
+    sample, loss = replay.sample, agent.loss
+    replay.sample = lambda *size: flat.setdefault("batch", sample(*size))
+    agent.loss = lambda *inputs: flat.setdefault("loss", loss(*inputs))
+    m.train_step(agent, optimizer, replay, 1)
+    index, post = flat["batch"][1][1:, 0], flat["loss"][1]
+    assert len(index.unique()) == T and torch.equal(replay.data["deter"][index, 0], post["deter"][:, 0])
+    assert torch.equal(agent.world.unpack(replay.data["stoch"][index, 0]), post["stoch"][:, 0])
+    for name, value in replay.data.items():
+        changed = (value != before[name]).flatten(1).any(1).nonzero()[:, 0]
+        assert torch.equal(changed, index.sort().values if name in ("deter", "stoch") else index[:0]), name
+
+
+@V3
 def test_bf16_is_close_to_fp32(m):
     """Half precision: every loss close to fp32, every gradient finite and in the same direction."""
     results = []
-    for precision in ("fp32", "bf16"):
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         agent = tiny(m, precision=precision)
         batch = random_rows(agent)
         torch.manual_seed(0)
         total, post, metrics = agent.loss(batch, agent.noise(B, torch.device("cpu")))
         total.backward()
-        assert total.dtype == torch.float32 and post["deter"].dtype == getattr(torch, dict(fp32="float32", bf16="bfloat16")[precision])
+        assert total.dtype == torch.float32 and post["deter"].dtype == dtype
         results.append((metrics, torch.cat([p.grad.flatten() for p in agent.parameters() if p.requires_grad])))
     (full, grad), (half, half_grad) = results
     assert half_grad.isfinite().all()
@@ -141,13 +175,14 @@ def test_norms_and_softmaxes_are_fp32_in_bf16(m):
     x, norm = torch.randn(50, 32).bfloat16(), m.NormSiLU(32)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(norm(x), norm(x.float()).bfloat16())
-        assert m.unimix(x, 0.01).dtype == torch.float32 and m.BoundedNormal(x).log_prob(x[:, :16]).dtype == torch.float32
+        for y in (m.unimix(x, 0.01), m.BoundedNormal(x).log_prob(x[:, :16])):
+            assert y.dtype == torch.float32
 
 
 @V3
-@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_is_eager(m):
-    """Three updates with compiled regions: the same losses, latents and weights as without, and no region falls apart."""
+    """Three updates with compiled regions: same losses, latents and weights as without, and no region falls apart."""
     torch._dynamo.utils.counters.clear()
     runs = []
     for compiled in (False, True):

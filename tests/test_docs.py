@@ -253,9 +253,8 @@ def test_definitions_have_docstrings(name):
 
 
 def test_top_level():
-    """Nothing but the scripts, their papers and tests; what .gitignore names does not count."""
-    allowed = {"README.md", "requirements.txt", "tests", ".ci", ".gitignore", ".github", ".git"}
-    ignored = [line.strip("/ ") for line in (ROOT / ".gitignore").read_text().splitlines()]
-    extra = {path.name for path in ROOT.iterdir()} - allowed - {path.name for path in SCRIPTS}
-    assert not [entry for entry in extra if not any(fnmatch.fnmatch(entry, pattern) for pattern in ignored)]
+    """README, requirements, scripts and tests, nothing else; what is hidden or named in .gitignore does not count."""
+    ignored = [".*", *(line.strip("/ ") for line in (ROOT / ".gitignore").read_text().splitlines())]
+    entries = {path.name for path in ROOT.iterdir() if not any(fnmatch.fnmatch(path.name, i) for i in ignored)}
+    assert entries == {"README.md", "requirements.txt", "tests", *(path.name for path in SCRIPTS)}
     assert "runs" in ignored

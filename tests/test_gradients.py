@@ -1,4 +1,4 @@
-"""Which loss trains which module, and what must never be trained. `tiny` and `random_rows` also serve other test files."""
+"""Which loss trains which module, and what must never be trained. The first functions also serve other test files."""
 from dataclasses import replace
 from unittest import mock
 
@@ -11,8 +11,8 @@ SMALL = -3 * torch.linspace(-20, 20, 255).abs()  # two-hot logits that favour bi
 
 
 def tiny(m, discrete=True, seed=0, shapes=SHAPES, **flags):
-    """A DreamerV3 agent of width 32 (h 256, z 32 x 2). Weights are moved off their initial zeros, so that every path carries a
-    gradient; the biases SMALL keep rewards and values of the order of 1."""
+    """A DreamerV3 agent of width 32 (h 256, z 32 x 2). Weights are moved off their initial zeros, so that every path
+    carries a gradient; the biases SMALL keep rewards and values of the order of 1."""
     torch.manual_seed(seed)
     flags = dict(size="tiny", precision="fp32", batch_size=3, batch_length=6, imag_horizon=4, free_nats=0.0) | flags
     with mock.patch.dict(m.SIZES, tiny=32):
@@ -26,7 +26,7 @@ def tiny(m, discrete=True, seed=0, shapes=SHAPES, **flags):
 
 
 def random_rows(agent, steps=6, batch=3, seed=0):
-    """Replay rows (steps+1, batch, ...) as `sample` gives them; column 0: terminal at row 2, column 1: truncated at row 3, column 2: no end."""
+    """Replay rows (steps+1,batch,...) as `sample` gives them: column 0 terminates at row 2, 1 is truncated at row 3."""
     torch.manual_seed(seed)
     lead, rssm = (steps + 1, batch), agent.world.rssm
     flags = {k: torch.zeros(lead, dtype=torch.bool) for k in ("is_first", "is_last", "is_terminal")}
@@ -34,19 +34,23 @@ def random_rows(agent, steps=6, batch=3, seed=0):
     flags["is_last"][2, 0] = flags["is_last"][3, 1] = flags["is_terminal"][2, 0] = True
     action = torch.randn(*lead, 3)
     action = torch.eye(3)[action.argmax(-1)] if agent.behaviour.discrete else action
-    return dict(flags, image=torch.randint(256, (*lead, 16, 16, 3), dtype=torch.uint8), vector=torch.randn(*lead, 5), action=action,
-                reward=torch.randn(lead), deter=torch.randn(*lead, rssm.deter), stoch=torch.randint(2, (*lead, rssm.stoch)).byte())
+    return dict(flags, image=torch.randint(256, (*lead, 16, 16, 3)).byte(), vector=torch.randn(*lead, 5), action=action,
+                reward=torch.randn(lead), deter=torch.randn(*lead, rssm.deter),
+                stoch=torch.randint(2, (*lead, rssm.stoch)).byte())
 
 
 def random_replay(m, agent, shapes, count, batch_length):
     """A replay in memory with `count` random rows of one environment whose episodes have 9 rows."""
     replay = m.SequenceReplay(m.replay_specs(shapes, agent, agent.args), count, 1, torch.device("cpu"), None)
+    rssm = agent.world.rssm
     torch.manual_seed(0)
     for i in range(count):
         first, last = torch.tensor([i % 9 == 0]), torch.tensor([i % 9 == 8])
         row = {k: torch.randint(256, (1, *s)).byte() if k == "image" else torch.randn(1, *s) for k, s in shapes.items()}
-        replay.add(dict(row, reward=torch.randn(1), is_first=first, is_last=last, is_terminal=last, action=torch.eye(3)[i % 3][None],
-                        stoch=torch.randint(agent.world.rssm.classes, (1, 32)), deter=torch.randn(1, agent.world.rssm.deter)), batch_length + 1)
+        row.update(is_first=first, is_last=last, is_terminal=last, reward=torch.randn(1),
+                   action=torch.eye(3)[i % 3][None], deter=torch.randn(1, rssm.deter),
+                   stoch=torch.randint(rssm.classes, (1, rssm.stoch)))
+        replay.add(row, batch_length + 1)
     return replay
 
 
@@ -84,6 +88,21 @@ def test_reach(m, loss, discrete):
     modules = dict(agent.world.named_children()) | dict(agent.behaviour.named_children())
     reached = {name for name, module in modules.items() if has_gradient(module)}
     assert reached == set(TABLE[loss].split()), f"{loss} reaches {reached}"
+
+
+@V3
+def test_total_gradient_is_the_weighted_sum(m):
+    """One backward of the total gives each loss its weight. Only gradients tell dyn and rep, equal in value, apart."""
+    scales = dict.fromkeys(TABLE, 1.0) | dict(dyn=0.7, rep=0.2, repval=0.4)
+    agent = tiny(m, beta_dyn=0.7, beta_rep=0.2, beta_repval=0.4)
+    params, batch = [p for p in agent.parameters() if p.requires_grad], random_rows(agent)
+    torch.manual_seed(1)
+    agent.loss(batch, agent.noise(3, torch.device("cpu")))[0].backward()
+    torch.manual_seed(1)
+    losses = all_losses(agent, batch)
+    wanted = torch.autograd.grad(sum(scales[k] * v.mean() for k, v in losses.items()), params)
+    for (name, p), gradient in zip([(n, p) for n, p in agent.named_parameters() if p.requires_grad], wanted):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
 
 
 @V3
@@ -130,9 +149,9 @@ def test_dream_leaves_the_world_model_alone(m):
     all_losses(agent, batch)
     changed = {k for k, v in agent.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"behaviour.return_norm.low", "behaviour.return_norm.high"}
-    noise = agent.noise(1, torch.device("cpu"))
-    start = torch.randn(6, agent.world.rssm.deter, requires_grad=True), torch.randn(6, agent.world.feat - agent.world.rssm.deter)
-    feat, action = agent.behaviour.imagine(agent.world.rssm, *start, noise["action"], noise["prior"])
+    noise, rssm = agent.noise(1, torch.device("cpu")), agent.world.rssm
+    deter, stoch = torch.randn(6, rssm.deter, requires_grad=True), torch.randn(6, rssm.stoch * rssm.classes)
+    feat, action = agent.behaviour.imagine(rssm, deter, stoch, noise["action"], noise["prior"])
     assert not feat.requires_grad and not action.requires_grad
 
 
@@ -142,7 +161,8 @@ def test_slow_critic_has_no_gradient(m):
     total, post, _ = agent.loss(random_rows(agent), agent.noise(3, torch.device("cpu")))
     total.backward()
     assert all(p.grad is None and not p.requires_grad for p in agent.behaviour.slow_critic.parameters())
-    assert all(p.grad is not None for n, p in agent.named_parameters() if "slow_critic" not in n), "a parameter that nothing trains"
+    untrained = [n for n, p in agent.named_parameters() if "slow_critic" not in n and p.grad is None]
+    assert not untrained
     assert not any(v.requires_grad for v in post.values()), "latents for replay keep the graph alive"
 
 
@@ -157,7 +177,7 @@ def dream(m, seed=0):
 
 @V3
 def test_dream_from_a_terminal_state_teaches_nothing(m):
-    """w_0 = c_0: policy and value loss and their gradients are exactly zero; later weights are products of what was passed."""
+    """w_0 = c_0: policy and value loss and their gradients are exactly zero; later weights are products from c_0 on."""
     behaviour, logits, value, action, slow, reward, cont = dream(m)
     cont[0, 1] = 0  # dream 1 starts dead
     cont[2, 2] = 0  # dream 2 dies in its third state
@@ -169,14 +189,15 @@ def test_dream_from_a_terminal_state_teaches_nothing(m):
         assert torch.equal(x != 0, alive)
     assert not value.grad[-1].any(), "the last imagined state is only a target"
     # the weight itself: losses are proportional to it, and it begins with c_0
-    half, _, _ = behaviour.imagination_losses(m.Categorical(logits, 0.01), action, value, slow, reward, torch.cat([cont[:1] / 2, cont[1:]]))
+    cont[0] /= 2
+    half, _, _ = behaviour.imagination_losses(m.Categorical(logits, 0.01), action, value, slow, reward, cont)
     for k in losses:
         torch.testing.assert_close(half[k], losses[k] / 2)
 
 
 @V3
 def test_targets_of_actor_and_critic_are_constants(m):
-    """policy reaches only the policy's logits, value only the value logits: advantage, return and slow value are constants."""
+    """policy reaches only the policy's logits, value only the value's: advantage, return, slow value are constants."""
     behaviour, logits, value, action, slow, reward, cont = dream(m)
     inputs = [x.requires_grad_() for x in (logits, value, slow, reward)]
     losses, _, _ = behaviour.imagination_losses(m.Categorical(logits, 0.01), action, value, slow, reward, cont)
@@ -187,7 +208,7 @@ def test_targets_of_actor_and_critic_are_constants(m):
 
 @V3
 def test_replay_critic_at_episode_ends(m):
-    """A truncated row has weight 0, and the row before it bootstraps from the dream at the truncated row; a terminal row bootstraps nothing."""
+    """A truncated row has weight 0, the row before it bootstraps from the dream there; a terminal row gives nothing."""
     agent, (T, B) = tiny(m), (5, 3)
     behaviour, gamma, lam = agent.behaviour, agent.args.gamma, agent.args.lam
     logits, slow, boot, reward = torch.randn(T, B, 255, requires_grad=True), *torch.randn(3, T, B)

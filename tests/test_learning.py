@@ -16,8 +16,20 @@ from conftest import ALGORITHMS, TESTS, load
 
 pytestmark = pytest.mark.learning
 
-FAST = dict(size="size1m", image_size=16, batch_size=16, lr=3e-4, warmup=100, ent_coef=3e-3, device="cpu",
-            total_timesteps=20_000, eval_episodes=0, video_every=0, save_every=10**9, buffer_size=50_000)
+FAST = dict(
+    size="size1m",
+    image_size=16,
+    batch_size=16,
+    lr=3e-4,
+    warmup=100,
+    ent_coef=3e-3,
+    device="cpu",
+    total_timesteps=20_000,
+    eval_episodes=0,
+    video_every=0,
+    save_every=10**9,
+    buffer_size=50_000,
+)
 CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; random play: catch -0.5, track 6.5, CartPole 22
     "dreamer_v3": dict(
         catch=(0.8, dict(FAST, env_id="envs:Catch-v0", batch_length=8, imag_horizon=7, train_ratio=64)),

@@ -270,6 +270,8 @@ def test_total_loss_and_which_critic_state_and_row_each_term_uses(v3):
     world, behaviour = agent.world, agent.behaviour
     start = post["deter"].flatten(0, 1), post["stoch"].flatten(0, 1)
     feat, action = behaviour.imagine(world.rssm, *start, noise["action"], noise["prior"])
+    for k in range(3):
+        assert torch.equal(action[k], behaviour.policy(feat[k]).sample(noise["action"][k]))
     heads = world.reward, behaviour.critic, behaviour.slow_critic
     reward, value, slow = (v3.twohot_mean(net(feat), world.bins) for net in heads)
     cont, ret = world.cont(feat)[..., 0].sigmoid(), [value[3]]
