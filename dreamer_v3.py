@@ -140,7 +140,7 @@ class Args:
     """learn from the rendered image instead of the environment's own observation"""
 
     buffer_size: int = 5_000_000
-    """replay rows over all environments, at most what the run can fill (official)"""
+    """replay rows over all environments; no more than total_timesteps are allocated (official)"""
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
     """where replay lives; auto: GPU memory if it fits in half of what is free, else memory-mapped files"""
     learning_starts: int = 0
@@ -181,7 +181,7 @@ class Args:
     warmup: int = 1_000
     """updates of linear warm-up; the first has learning rate 0 (official)"""
     agc: float = 0.3
-    """gradient norm allowed per tensor, relative to the tensor's norm (official)"""
+    """gradient norm allowed per tensor, relative to the tensor's norm; 0: no clipping (official)"""
 
 
 PRESETS = dict(
@@ -551,7 +551,7 @@ class Storage:
 
     def add(self, row: dict) -> None:
         """Append one row: arrays or tensors (num_envs,...) for every field."""
-        self.written[0] = self.rows + 1
+        self.written[0] = max(self.written[0], self.rows + 1)
         for name, tensor in self.data.items():
             tensor[self.rows % self.capacity].copy_(torch.as_tensor(row[name]))
         self.rows, self.size = self.rows + 1, min(self.size + 1, self.capacity)
@@ -584,8 +584,8 @@ class Storage:
     def load_state_dict(self, state: dict) -> None:
         """Continue at a checkpoint, without the old rows that were overwritten after it was made."""
         self.rows = self.flushed = state["rows"]
+        self.written[0] = min(self.written[0], self.rows + self.capacity)
         self.size = self.rows - max(self.rows - state["size"], int(self.written[0]) - self.capacity)
-        self.written[0] = self.rows
         if self.device.type != "cpu":
             for name, array in self.files.items():
                 self.data[name].copy_(torch.from_numpy(array).view(self.data[name].dtype))
@@ -1145,7 +1145,8 @@ class LaProp:  # D6
 
     def __init__(self, params, lr: float, warmup: int, agc: float, beta1=0.9, beta2=0.999, eps=1e-20):
         self.params = [p for p in params if p.requires_grad]
-        self.lr, self.warmup, self.agc, self.beta1, self.beta2, self.eps = lr, warmup, agc, beta1, beta2, eps
+        self.lr, self.warmup, self.beta1, self.beta2, self.eps = lr, warmup, beta1, beta2, eps
+        self.agc = agc or math.inf
         self.count = torch.zeros((), device=self.params[0].device)
         self.square, self.momentum = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
 
@@ -1254,7 +1255,7 @@ class Agent(nn.Module):
         obs = {k: torch.as_tensor(v, device=device)[None] for k, v in row.items()}
         noise = torch.empty(1, len(state["deter"]), rssm.stoch, rssm.classes, device=device).exponential_()
         with autocast(self.args, device):
-            tokens = self.world.encoder.forward(obs)  # .forward: not the compiled call, whose shapes are the batch's
+            tokens = self.world.encoder(obs)
             (deter,), (stoch,), _ = rssm.observe(
                 tokens, state["action"][None], obs["is_first"], state["deter"], state["stoch"], noise)
             policy = self.behaviour.policy(torch.cat([deter, stoch], -1))
@@ -1280,13 +1281,13 @@ class Agent(nn.Module):
         return total, {k: v.detach() for k, v in post.items()}, metrics
 
     def compile_regions(self) -> None:
-        """Compile the step functions and the large batched modules, never the unrolled scan (minutes, no faster)."""
-        world, rssm = self.world, self.world.rssm
-        for module in (world.encoder, world.decoder, world.reward, world.cont, self.behaviour.critic):
-            module.compile(dynamic=False)
+        """Compile the step functions and the decoder. Not the unrolled scan (minutes, and no faster), not the encoder and
+        the heads (no faster on a CPU)."""
+        rssm = self.world.rssm
         rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
         rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
         rssm.compiled = True
+        self.world.decoder.compile(dynamic=False)
 
 
 def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_size: int) -> dict[str, torch.Tensor]:
@@ -1405,7 +1406,7 @@ def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int
     device, world, rssm = next(agent.parameters()).device, agent.world, agent.world.rssm
     carry, obs = split_context({k: v.to(device) for k, v in batch.items()})
     noise = torch.empty(args.batch_length, count, rssm.stoch, rssm.classes, device=device).exponential_()
-    tokens = world.encoder.forward({k: v[:context] for k, v in obs.items()})
+    tokens = world.encoder({k: v[:context] for k, v in obs.items()})
     deter, stoch, _ = rssm.observe(tokens, carry["action"][:context], obs["is_first"][:context], carry["deter"].float(),
                                    world.unpack(carry["stoch"]), noise)
     states, weights = list(zip(deter, stoch)), rssm.scan_weights(deter.dtype, defer=False)
@@ -1531,7 +1532,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         fail("--eval-only needs --checkpoint PATH")
     run = Path(first.checkpoint) if first.eval_only else find_run(first)
     if run is None:
-        return validate(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[first.preset])))
+        return validate(replace(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[first.preset])), resume=""))
     saved = load_checkpoint(run, "policy.pt" if first.eval_only else "checkpoint.pt")["args"]
     args = tyro.cli(Args, args=argv, default=Args(**{**saved, "resume": ""}))
     for name, old in saved.items():
@@ -1551,6 +1552,8 @@ def validate(args: Args) -> Args:
         if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= positive):
             if not isinstance(value, bool):
                 fail(f"--{f.name.replace('_', '-')} must be {'positive' if positive else 'zero or more'}, got {value}")
+    if args.batch_length == 1:
+        fail("--batch-length must be at least 2: the replay loss of the critic bootstraps from the next step")
     if args.image_size % 16:
         fail(f"--image-size must be a multiple of 16 (four halvings), got {args.image_size}")
     if args.train_ratio == 0 or max(args.gamma, args.lam, args.unimix, args.actor_unimix, args.sticky_actions) > 1:

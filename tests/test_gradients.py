@@ -1,5 +1,4 @@
 """Which loss trains which module, and what must never be trained. The first functions also serve other test files."""
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -16,7 +15,7 @@ def tiny(m, discrete=True, seed=0, shapes=SHAPES, **flags):
     torch.manual_seed(seed)
     flags = dict(size="tiny", precision="fp32", batch_size=3, batch_length=6, imag_horizon=4, free_nats=0.0) | flags
     with mock.patch.dict(m.SIZES, tiny=32):
-        agent = m.Agent(shapes, 3, discrete, replace(m.Args(), **flags))
+        agent = m.Agent(shapes, 3, discrete, m.Args(**flags))
     with torch.no_grad():
         for p in agent.parameters():
             p.add_(0.1 * torch.randn_like(p))

@@ -187,8 +187,8 @@ def test_signals_save_and_exit_0(name, number, tmp_path):
 @each_script
 def test_kill_at_random_moments(name, tmp_path):
     """kill -9 during start, steps, updates and saves; --resume auto goes on each time. KILLS=20 for a longer trial."""
-    # 40 rows wrap around within a second, and some lives end before their first checkpoint
-    flags = scripted(name, tmp_path, total_timesteps=1_000_000, buffer_size=40, save_every=30)
+    # 60 rows wrap around within seconds, and some lives end before their first checkpoint
+    flags = scripted(name, tmp_path, total_timesteps=1_000_000, buffer_size=60, save_every=30)
     steps = [0]
     for kill in range(KILLS):
         with start(ROOT / f"{name}.py", *flags, "--resume", "auto") as process:
@@ -211,6 +211,7 @@ def test_kill_at_random_moments(name, tmp_path):
 def test_rows_overwritten_by_killed_lives_are_left_out(name, tmp_path):
     """A ring in files against a list: any order of adding, saving and being killed, also twice without a save in between."""
     storage, draw = load(name).Storage, random.Random(0)
+    (tmp_path / "replay").mkdir()
     def reopen():
         return storage(dict(x=((), torch.float32)), 10, 1, torch.device("cpu"), tmp_path / "replay")
     ring, rows, saved, lost = reopen(), [], ({}, []), 0
