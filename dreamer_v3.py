@@ -23,7 +23,7 @@ Index    One replay row t holds what belongs to one moment:
 Symbols  paper  code          shape                |  paper  code       shape
          x_t    obs           (T,B,Y,X,C), (T,B,n) |  a_t    action     (T,B,A)  one-hot, or raw continuous
          h_t    deter         (T,B,D)              |  r_t    reward     (T,B)
-         z_t    stoch         (T,B,S*K) one-hot    |  c_t    cont       (T,B)    1 - is_terminal
+         z_t    stoch         (T,B,S*K) one-hot    |  c_t    cont       (H+1,N)  gamma * p(going on)
          s_t    feat = [h,z]  (T,B,F)              |  v_t    value      (H+1,N)
          q, p   post_logits, prior_logits (T,B,S,K)|  R_t    ret        (H,N)
          T time, B batch, H imagination, N rollouts = T*B (environments in section 4), S groups of K classes.
@@ -140,7 +140,7 @@ class Args:
     """learn from the rendered image instead of the environment's own observation"""
 
     buffer_size: int = 5_000_000
-    """replay rows over all environments; no more than total_timesteps are allocated (official)"""
+    """replay rows over all environments (official); no more than total_timesteps are allocated, also after a resume"""
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
     """where replay lives; auto: GPU memory if it fits in half of what is free, else memory-mapped files"""
     learning_starts: int = 0
@@ -194,7 +194,7 @@ PRESETS = dict(
 # ==== shared: seeding and device ====
 def fail(message: str):
     """For everything the user can mend: one clear line on stderr, exit status 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own beside a progress bar
     raise SystemExit(2)
 
 
@@ -204,6 +204,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("cpu, cuda and mps are supported")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
         torch.empty(1, device=device)
@@ -504,13 +506,14 @@ class GymEnvs:
 
 
 def make_envs(args: Args, num_envs: int, seed: int) -> AtariEnvs | GymEnvs:
-    """The one place that knows which environment it is. An unknown id or a missing package: one line, exit status 2."""
+    """The one place that knows which environment it is: anything with `reset`, `step`, `shapes`, `action_dim`,
+    `discrete` and `seed` as in GymEnvs will do. An unknown id or a missing package: one line, exit status 2."""
     try:
         if args.env_id.startswith("ALE/"):
             return AtariEnvs(args.env_id, num_envs, seed, args.image_size, "bilinear", args.grayscale,
                              args.action_repeat, args.sticky_actions, args.full_action_space)
         return GymEnvs(args.env_id, num_envs, seed, args.image_size, args.action_repeat, args.pixels)
-    except (gymnasium.error.Error, ImportError, AssertionError) as error:
+    except (gymnasium.error.Error, ImportError, AssertionError, TypeError) as error:
         fail(f"--env-id {args.env_id}: {str(error).splitlines()[0]}")
 
 
@@ -547,7 +550,13 @@ class Storage:
             if hasattr(os, "posix_fallocate"):
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
-        return np.lib.format.open_memmap(path, mode="r+")
+        try:
+            array = np.lib.format.open_memmap(path, mode="r+")
+        except ValueError as error:
+            fail(f"{path} is damaged ({error})")
+        if array.shape != shape:
+            fail(f"{path} holds {array.shape}, not {shape}: resume with as many processes as before")
+        return array
 
     def add(self, row: dict) -> None:
         """Append one row: arrays or tensors (num_envs,...) for every field."""
@@ -740,6 +749,13 @@ def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
 def head(inputs: int, units: int, layers: int, outputs: int, scale: float) -> nn.Sequential:
     """MLP with a linear output; (...,inputs) -> (...,outputs)."""
     return nn.Sequential(mlp(inputs, units, layers), Linear(units, outputs, scale))
+
+
+class Parallel(nn.ModuleList):
+    """Concatenated outputs of several layers on one input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self], -1)
 
 
 class Conv(nn.Conv2d):
@@ -1034,7 +1050,7 @@ class ReturnNorm(nn.Module):  # D7
     """Advantages are divided by max(1, S), S = EMA(Per95 - Per5, 0.99) of the returns. Eq. 8 (arXiv:2301.04104v2).
 
     0.99 is the share of the old value. Both percentiles are averaged on their own, from 0 and without bias correction
-    (official), so the divisor is 1 for some hundred updates. It only divides: nothing is subtracted."""
+    (official), so the divisor is 1 at first and approaches S within some hundred updates. Nothing is subtracted."""
 
     def __init__(self, rate: float = 0.01, limit: float = 1.0):
         super().__init__()
@@ -1058,7 +1074,9 @@ class Behaviour(nn.Module):
         super().__init__()
         d = SIZES[args.size]
         self.args, self.discrete, self.action_dim = args, discrete, action_dim
-        self.actor = head(feat, d, 3, action_dim if discrete else 2 * action_dim, 0.01)
+        # Gaussian: separate layers for mean and std, because gradients are clipped per tensor
+        outs = [Linear(d, action_dim, 0.01) for _ in range(1 if discrete else 2)]
+        self.actor = nn.Sequential(mlp(feat, d, 3), outs[0] if discrete else Parallel(outs))
         self.critic = head(feat, d, 3, 255, 0.0)
         self.slow_critic = head(feat, d, 3, 255, 0.0).requires_grad_(False)
         self.slow_critic.load_state_dict(self.critic.state_dict())
@@ -1109,7 +1127,8 @@ class Behaviour(nn.Module):
     def replay_losses(self, value_logits, slow_value, boot, reward, is_last, is_terminal) -> tuple:  # D8
         """Critic on replayed states, inputs (T,B), `boot` = R_0 of the dream from each state; -> loss, return (T-1,B).
 
-        Here gamma is explicit and the terminal flag hard. A truncated step has weight 0; the one before bootstraps."""
+        Here gamma is explicit and the terminal flag hard. An episode's last step has weight 0; if it was truncated, the
+    one before bootstraps from it."""
         live = (1 - is_terminal.float()) * self.args.gamma
         ret = lambda_return(reward, boot, live, (1 - is_last.float()) * self.args.lam)
         return (1 - is_last[:-1].float()) * self.value_loss(value_logits[:-1], ret, slow_value[:-1]), ret
@@ -1281,8 +1300,8 @@ class Agent(nn.Module):
         return total, {k: v.detach() for k, v in post.items()}, metrics
 
     def compile_regions(self) -> None:
-        """Compile the step functions and the decoder. Not the unrolled scan (minutes, and no faster), not the encoder and
-        the heads (no faster on a CPU)."""
+        """Compile the step functions and the decoder. Not the unrolled scan (minutes, and no faster); on a CPU encoder
+        and heads gain nothing."""
         rssm = self.world.rssm
         rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
         rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
@@ -1301,7 +1320,8 @@ def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_si
     metrics.update(optimizer.step())
     slow, online = (list(m.parameters()) for m in (agent.behaviour.slow_critic, agent.behaviour.critic))
     torch._foreach_lerp_(slow, online, agent.args.slow_rate)  # slow <- 0.98 slow + 0.02 online
-    replay.write(index[1:], deter=post["deter"], stoch=agent.world.pack(post["stoch"]))  # D9
+    deter = post["deter"].nan_to_num()  # weights that have diverged must not spoil rows that a checkpoint counts on
+    replay.write(index[1:], deter=deter, stoch=agent.world.pack(post["stoch"]))  # D9
     return metrics
 
 
@@ -1351,7 +1371,7 @@ def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, fl
     episodes, state, row = Episodes(num_envs), agent.initial(num_envs, device), envs.reset()
     done, frames = [[] for _ in range(num_envs)], []
     while min(map(len, done)) < quota:
-        if "image" in row and not done[0]:
+        if "image" in row and not done[0] and len(frames) < 3000:
             frames.append(to_rgb(row["image"][0]))
         for env, ret, length in episodes.update(row):
             done[env].append((ret, length))
@@ -1434,8 +1454,10 @@ def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int
 def save_atomic(payload: dict, path: Path) -> None:
     """Write, fsync, replace; the file before stays as *_prev. A kill or a full disk always leaves a loadable file."""
     part = path.with_suffix(".tmp")
+    buffer = io.BytesIO()  # torch.save into a file on a full disk raises its own errors, write an OSError
+    torch.save(payload, buffer)
     with open(part, "wb") as file:
-        torch.save(payload, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
@@ -1453,7 +1475,7 @@ def load_checkpoint(path: Path, name: str = "checkpoint.pt") -> dict:
         fail(f"no {name} in {path}")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        algorithm = saved["algorithm"]
+        algorithm, _, _ = saved["algorithm"], saved["args"], saved["step"]
     except Exception as error:  # damaged pickles raise anything
         fail(f"{file} is damaged ({type(error).__name__}); the one before it is {previous}")
     if algorithm != Path(__file__).stem:
@@ -1473,7 +1495,7 @@ def find_run(args) -> Path | None:
     return Path(args.resume) if args.resume else None
 
 
-def start_run(args) -> tuple[Path, SummaryWriter]:
+def start_run(args, step: int | None = None) -> tuple[Path, SummaryWriter]:
     """Make (or reopen) the run directory: arguments, a copy of the script, versions, TensorBoard."""
     run = Path(args.resume or Path(args.run_dir) / f"{run_name(args)}{time.time_ns() // 1_000_000}")
     run = run if run.is_dir() or not args.resume else run.parent
@@ -1483,7 +1505,7 @@ def start_run(args) -> tuple[Path, SummaryWriter]:
         shutil.copy(__file__, run)
     packages = "".join(f"{p} {version(p)}\n" for p in ("torch", "gymnasium", "ale-py", "numpy"))
     (run / "versions.txt").write_text(f"python {sys.version}\n{packages}")
-    writer = SummaryWriter(str(run))
+    writer = SummaryWriter(str(run), purge_step=None if step is None else step + 1)  # a killed run's later points go
     table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
     return run, writer
@@ -1493,13 +1515,13 @@ def check_finite(metrics: dict, step: int, run: Path) -> dict[str, float]:
     """Metrics as floats, in one transfer to the host. A loss that is not finite stops the run before it is saved."""
     values = dict(zip(metrics, torch.stack([m.float() for m in metrics.values()]).tolist())) if metrics else {}
     for name, value in values.items():
-        if name.startswith("losses/") and not math.isfinite(value):
+        if name.startswith(("losses/", "grad/")) and not math.isfinite(value):
             fail(f"{name} is {value} at step {step}; stopped, the last good checkpoint stays in {run}")
     return values
 
 
 class StopSignal:
-    """SIGINT, SIGTERM, SIGUSR1 (Slurm) ask the loop to save and exit 0 after the current step; a second one kills."""
+    """SIGINT, SIGTERM, SIGUSR1 (Slurm) ask the loop to save and exit 0 after this step; a second Ctrl-C kills."""
 
     def __init__(self):
         self.received = False
@@ -1509,7 +1531,8 @@ class StopSignal:
 
     def receive(self, number, frame) -> None:
         self.received = True
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 # ==== end shared ====
 
 
@@ -1518,6 +1541,7 @@ class StopSignal:
 # On resume these may not change: they decide tensor shapes, the replay layout, or what the numbers mean.
 FIXED = ("env_id", "seed", "num_envs", "size", "image_size", "grayscale", "action_repeat", "full_action_space",
          "pixels", "precision", "buffer_size")
+ACTING = ("world.encoder", "world.rssm", "behaviour.actor")  # what policy.pt holds
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1528,18 +1552,26 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
     argv = [re.sub(r"(?<![^=])\d+(\.\d+)?[eE]\+?\d\d?$", whole, a) for a in (sys.argv[1:] if argv is None else argv)]
     first = tyro.cli(Args, args=argv)
-    if first.eval_only and not first.checkpoint:
-        fail("--eval-only needs --checkpoint PATH")
+    if first.eval_only and not (first.checkpoint and first.eval_episodes):
+        fail("--eval-only needs --checkpoint PATH and --eval-episodes")
     run = Path(first.checkpoint) if first.eval_only else find_run(first)
     if run is None:
         return validate(replace(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[first.preset])), resume=""))
-    saved = load_checkpoint(run, "policy.pt" if first.eval_only else "checkpoint.pt")["args"]
-    args = tyro.cli(Args, args=argv, default=Args(**{**saved, "resume": ""}))
+    checkpoint = load_checkpoint(run, "policy.pt" if first.eval_only else "checkpoint.pt")
+    if not first.eval_only and "optimizer" not in checkpoint:
+        fail(f"{run} is a policy, not a run to resume; play with it by --eval-only --checkpoint {run}")
+    saved = {**checkpoint["args"], "resume": ""}
+    unknown = saved.keys() - {f.name for f in fields(Args)}
+    if unknown:
+        fail(f"{run} was made by another version of this script, with {sorted(unknown)}")
+    args = tyro.cli(Args, args=argv, default=Args(**saved))
     for name, old in saved.items():
         new, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if new != old and name not in ("resume", "eval_only", "checkpoint"):
-            if name in FIXED:
-                fail(f"{flag} cannot change on resume ({old} -> {new}); start a new run instead")
+        if name in FIXED and new == "auto":
+            args = replace(args, **{name: old})  # auto is what the run has
+        elif name in FIXED and new != old and not (first.eval_only and name in ("seed", "num_envs", "precision")):
+            fail(f"{flag} cannot change on resume ({old} -> {new}); start a new run instead")
+        elif new != old and name not in ("resume", "eval_only", "checkpoint") and os.environ.get("RANK", "0") == "0":
             print(f"resume: {flag} {old} -> {new}")
     return validate(replace(args, resume="" if first.eval_only else str(run)))
 
@@ -1567,6 +1599,8 @@ def validate(args: Args) -> Args:
 def resolve(args: Args, device: torch.device) -> Args:
     """Replace `auto` by what it stands for here, so that checkpoints and logs hold plain values."""
     cuda, atari = device.type == "cuda", args.env_id.startswith("ALE/")
+    if args.buffer_device == "cuda" and not cuda:
+        fail("--buffer-device cuda needs --device cuda")
     return replace(args, size=args.size if args.size != "auto" else "size1m" if device.type == "cpu" else "size12m",
                    precision=args.precision if args.precision != "auto" else "bf16" if cuda else "fp32",
                    compile=args.compile if args.compile != "auto" else "on" if cuda else "off",
@@ -1582,24 +1616,20 @@ def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:
                 deter=((rssm.deter,), torch.bfloat16 if args.precision == "bf16" else torch.float32))
 
 
-def make_replay(specs: dict, capacity: int, num_envs: int, args: Args, device: torch.device, folder: Path):
-    """SequenceReplay on the GPU if it fits in half of the free memory, else in files; prints its size beforehand."""
+def replay_device(specs: dict, rows: int, args: Args, device: torch.device) -> torch.device:
+    """Where replay goes: the GPU if it fits in half of the free memory, else files. Says its size, checks the disk."""
     row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-    need, wanted = row * capacity * num_envs, args.buffer_device
-    if wanted == "cuda" and device.type != "cuda":
-        fail("--buffer-device cuda needs --device cuda")
+    need, folder = row * rows, Path(args.run_dir).absolute()
     fits = device.type == "cuda" and need <= torch.cuda.mem_get_info(device)[0] / 2
-    if wanted == "cuda" and not fits:
+    if args.buffer_device == "cuda" and not fits:
         fail(f"replay needs {need / 2**30:.1f} GiB, over half of the free GPU memory; lower --buffer-size")
-    device = device if fits and wanted != "cpu" else torch.device("cpu")
-    size = f"{capacity * num_envs:,} rows x {row:,} bytes = {need / 2**30:.2f} GiB"
-    print(f"replay: {size} on {device.type}, in {folder}")
-    folder.mkdir(exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if not any(folder.iterdir()) and need > free:
-        fail(f"replay needs {need / 2**30:.1f} GiB but the disk has {free / 2**30:.1f} GiB free: set --buffer-size "
-             f"{int(0.9 * free / row)} or less, or --run-dir on another disk")
-    return SequenceReplay(specs, capacity, num_envs, device, folder)
+    device = device if fits and args.buffer_device != "cpu" else torch.device("cpu")
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if need > free and not args.resume:
+        fail(f"replay needs {need / 2**30:.2f} GiB but the disk has {free / 2**30:.2f} GiB free: lower it with "
+             f"--buffer-size {int(0.9 * free / row)} or set --run-dir to another disk")
+    print(f"replay: {rows:,} rows x {row:,} bytes = {need / 2**30:.2f} GiB, {device.type}")
+    return device
 
 
 def main(args: Args) -> None:
@@ -1616,7 +1646,9 @@ def main(args: Args) -> None:
     if args.eval_only:
         path = Path(args.checkpoint)
         saved, run = load_checkpoint(path, "policy.pt"), path if path.is_dir() else path.parent
-        agent.load_state_dict(saved["agent"], strict=False)  # policy.pt holds what acting needs
+        missing = agent.load_state_dict(saved["agent"], strict=False).missing_keys  # policy.pt holds what acting needs
+        if any(key.startswith(ACTING) for key in missing):
+            fail(f"the policy in {path} is not complete")
         with SummaryWriter(str(run)) as writer:
             results = evaluate(agent, args, device, saved["step"])
             log_results(*results, writer, run / "videos" / "eval.gif", "eval/episode", saved["step"])
@@ -1624,19 +1656,29 @@ def main(args: Args) -> None:
     if args.compile == "on":
         agent.compile_regions()
     optimizer = LaProp(agent.parameters(), args.lr, args.warmup, args.agc)
-    saved = load_checkpoint(Path(args.resume)) if args.resume else None
-    run, writer = start_run(args) if rank == 0 else ("", None)
-    run = Path(share_text(str(run)))
 
     # ---- the state of a run: everything that a checkpoint holds ----
+    saved = load_checkpoint(Path(args.resume)) if args.resume else None
     rows = saved["capacity"] if saved else max(length, -(-min(args.buffer_size, args.total_timesteps) // args.num_envs))
-    replay = make_replay(replay_specs(envs.shapes, agent, args), rows, num_envs, args, device, run / f"replay{rank}")
+    if length > rows:
+        fail(f"--batch-length {args.batch_length} is too long for this run's replay of {rows} rows")
+    specs = replay_specs(envs.shapes, agent, args)
+    place = replay_device(specs, rows * num_envs, args, device)
+    run, writer = start_run(args, saved and saved["step"]) if rank == 0 else ("", None)
+    run = Path(share_text(str(run)))
+    folder = run / f"replay{rank}"
+    folder.mkdir(exist_ok=True)
+    absent = [name for name in specs if saved and not (folder / f"{name}.npy").exists()]
+    if absent:
+        fail(f"replay of this run is not complete: no {folder / absent[0]}.npy")
+    replay = SequenceReplay(specs, rows, num_envs, place, folder)
     step, updates, ratio, metrics = 0, 0, Ratio(args.train_ratio / (args.batch_size * args.batch_length)), {}
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
         replay.load_state_dict(saved["replay"])
         step, updates, ratio.previous = saved["step"], saved["updates"], saved["ratio"]
+        envs.seed += step  # other episodes than the first ones again
     torch.manual_seed(args.seed + 1000 * rank + step)
     if saved and rank == 0:
         torch.set_rng_state(saved["rng"])
@@ -1654,17 +1696,17 @@ def main(args: Args) -> None:
                 common, agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict(),
                 capacity=rows, updates=updates, ratio=ratio.previous, rng=torch.get_rng_state(), cuda_rng=cuda_rng,
             ), run / "checkpoint.pt")
-            acting = ("world.encoder", "world.rssm", "behaviour.actor")
-            policy = {k: v for k, v in agent.state_dict().items() if k.startswith(acting)}
+            policy = {k: v for k, v in agent.state_dict().items() if k.startswith(ACTING)}
             save_atomic(dict(common, agent=policy), run / "policy.pt")
 
     def look(evaluation: bool, video: bool) -> None:
-        if video and "image" in replay.data and replay.starts(length):
-            path = run / "videos" / f"dream_{step}.gif"
-            log_results(*open_loop_video(agent, replay, args), writer, path, "dream/open_loop", step)
-        if evaluation and args.eval_episodes:
-            path = run / "videos" / f"eval_{step}.gif"
-            log_results(*evaluate(agent, args, device, step), writer, path, "eval/episode", step)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
+            if video and "image" in replay.data and replay.starts(length):
+                path = run / "videos" / f"dream_{step}.gif"
+                log_results(*open_loop_video(agent, replay, args), writer, path, "dream/open_loop", step)
+            if evaluation and args.eval_episodes:
+                path = run / "videos" / f"eval_{step}.gif"
+                log_results(*evaluate(agent, args, device, step), writer, path, "eval/episode", step)
 
     if rank == 0:
         modules = [*agent.world.named_children(), *agent.behaviour.named_children()]
@@ -1686,7 +1728,8 @@ def main(args: Args) -> None:
         action = state["action"].cpu().numpy()
         latents = dict(deter=state["deter"], stoch=agent.world.pack(state["stoch"]))
         replay.add(dict(row, action=state["action"], **latents), length)
-        decisions, stopping = sum_ranks([int((~row["is_first"]).sum()), stop.received], device)
+        decisions, stopping, starts = sum_ranks(
+            [int((~row["is_first"]).sum()), stop.received, replay.starts(length)], device)  # all ranks must agree
         before, step = step, step + int(decisions)
         for _, ret, steps in episodes.update(row):
             if rank == 0:
@@ -1694,8 +1737,7 @@ def main(args: Args) -> None:
                 writer.add_scalar("charts/episodic_return", ret, step)
                 writer.add_scalar("charts/episodic_length", steps, step)
 
-        ready = step >= args.learning_starts if args.learning_starts else replay.starts(length) * world_size >= enough
-        if ready and replay.starts(length):
+        if starts >= args.num_envs and (step >= args.learning_starts if args.learning_starts else starts >= enough):
             for _ in range(ratio(replay.rows * args.num_envs)):
                 metrics = train_step(agent, optimizer, replay, batch_size)
                 updates += 1
@@ -1703,7 +1745,7 @@ def main(args: Args) -> None:
         bar.update(step - before)
 
         def reached(every: int) -> bool:
-            return every > 0 and step // every > before // every and step < args.total_timesteps
+            return every > 0 and step // every > before // every
 
         if rank == 0 and reached(args.log_every) and metrics:
             seconds, steps, count = (new - old for new, old in zip((time.time(), step, updates), clock))
@@ -1711,12 +1753,13 @@ def main(args: Args) -> None:
             scalars = {"charts/SPS": steps / max(seconds, 1e-9), "charts/UPS": count / max(seconds, 1e-9),
                        "charts/frames": step * args.action_repeat, **check_finite(metrics, step, run)}
             log_results(scalars, [], writer, run, "", step)
-        if reached(args.save_every) or stopping:
+        if reached(args.save_every) and step < args.total_timesteps or stopping:
             save()
         if stopping:
-            tqdm.write(f"saved at step {step}; continue with --resume {run}")
+            if rank == 0:
+                tqdm.write(f"saved at step {step}; continue with --resume {run}")
             break
-        if rank == 0:
+        if rank == 0 and step < args.total_timesteps:
             look(reached(args.eval_every), reached(args.video_every))
         row = envs.step(action)
     else:
@@ -1735,5 +1778,5 @@ if __name__ == "__main__":
         main(parse_args())
     except OSError as error:
         if error.errno != errno.ENOSPC:
-            raise
+            fail(str(error))
         fail(f"the disk is full ({error}); the last checkpoint is intact: free some space, then --resume")
