@@ -30,7 +30,7 @@ FAST = dict(
     save_every=10**9,
     buffer_size=50_000,
 )
-CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; random play: catch -0.5, track 6.5, CartPole 22
+CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; random play: -0.5, 6.5 and 22
     "dreamer_v3": dict(
         catch=(0.8, dict(FAST, env_id="envs:Catch-v0", batch_length=8, imag_horizon=7, train_ratio=64)),
         track=(20.0, dict(FAST, env_id="envs:Track-v0", batch_length=12, imag_horizon=8, train_ratio=64)),

@@ -80,9 +80,9 @@ MUTATIONS = dict(dreamer_v3=[
     # networks
     ("fan-in per block", "outputs // blocks), inputs)", "outputs // blocks), inputs // blocks)", INITIAL),
     ("truncation at 2 instead of 2 sigma", "-2 * sigma, 2 * sigma)", "-2, 2)", INITIAL),
-    ("epsilon of a library", "NormSiLUFunction.apply(at_least_float32(x), self.scale, 1e-4)",
-     "NormSiLUFunction.apply(at_least_float32(x), self.scale, 1e-6)", "test_golden_dreamer_v3:test_rms_norm"),
-    ("norm in half precision", "NormSiLUFunction.apply(at_least_float32(x)", "NormSiLUFunction.apply(x",
+    ("epsilon of a library", "F.rms_norm(at_least_float32(x), self.scale.shape, self.scale, 1e-4)",
+     "F.rms_norm(at_least_float32(x), self.scale.shape, self.scale, 1e-6)", "test_golden_dreamer_v3:test_rms_norm"),
+    ("norm in half precision", "F.rms_norm(at_least_float32(x)", "F.rms_norm(x",
      "test_consistency:test_norms_and_softmaxes_are_fp32_in_bf16"),
     ("vectors not squashed", "self.mlp(symlog(torch.cat([obs[k] for k in self.vectors], -1)))",
      "self.mlp(torch.cat([obs[k] for k in self.vectors], -1))", ENCODER),
