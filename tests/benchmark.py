@@ -80,7 +80,7 @@ def synthetic_rows(script, shapes: dict, agent, num_envs: int, seed: int):
 
 
 def timed(function, device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each call: wall time until the device is done, CPU time of the process, host time until return."""
+    """Milliseconds of a call: wall time until the device is done, CPU time of the process, host time until return."""
     times = dict(wall=[], cpu=[], host=[])
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -184,8 +184,8 @@ def main() -> None:
     if own.real:
         result["end_to_end_steps_per_s"] = real_training(own, flags)
     print(
-        f"{result['script']} {args.size} B{args.batch_size}xT{args.batch_length} {device.type} {args.precision} compile "
-        f"{args.compile}: {median:.1f} ms per update ({result['cpu_ms_per_update']:.1f} CPU ms), {gflop:.1f} GFLOP, "
+        f"{result['script']} {args.size} B{args.batch_size}xT{args.batch_length} {device.type} {args.precision}, "
+        f"compile {args.compile}: {median:.1f} ms per update ({result['cpu_ms_per_update']:.1f} CPU ms), {gflop:.1f} GFLOP, "
         f"{dispatches.count} dispatches, act {result['act_ms']:.2f} ms, peak {result['peak_rss_mb']:.0f} MB"
     )
     print(json.dumps(result))

@@ -67,7 +67,7 @@ def check_command(name: str, argv: list[str], monkeypatch, folder: Path) -> None
     """It parses; a checkpoint that it names is taken to exist."""
     script = load(name)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(script, "load_checkpoint", lambda *_: dict(args=dataclasses.asdict(script.Args())))
+    monkeypatch.setattr(script, "load_checkpoint", lambda *_: dict(args=dataclasses.asdict(script.Args()), optimizer={}))
     try:
         script.parse_args(argv)
     except SystemExit as end:
