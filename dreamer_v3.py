@@ -1696,7 +1696,7 @@ def main(args: Args) -> None:
 
     # ---- the loop: step all environments, act, store, learn ----
     stop, episodes, clock = StopSignal(), Episodes(num_envs), (time.time(), step, updates)
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=rank > 0, smoothing=0.02,
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 10)  # shows steps/s and the measured time left
     state, row = agent.initial(num_envs, device), envs.reset()
     enough = min(args.batch_size * args.batch_length, (rows - length + 1) * args.num_envs)  # official: B*T sequences
