@@ -185,8 +185,8 @@ def main() -> None:
         result["end_to_end_steps_per_s"] = real_training(own, flags)
     print(
         f"{result['script']} {args.size} B{args.batch_size}xT{args.batch_length} {device.type} {args.precision}, "
-        f"compile {args.compile}: {median:.1f} ms per update ({result['cpu_ms_per_update']:.1f} CPU ms), {gflop:.1f} GFLOP, "
-        f"{dispatches.count} dispatches, act {result['act_ms']:.2f} ms, peak {result['peak_rss_mb']:.0f} MB"
+        f"compile {args.compile}: {median:.1f} ms per update ({result['cpu_ms_per_update']:.1f} CPU ms), "
+        f"{gflop:.1f} GFLOP, {dispatches.count} dispatches, act {result['act_ms']:.2f} ms, peak {result['peak_rss_mb']:.0f} MB"
     )
     print(json.dumps(result))
 

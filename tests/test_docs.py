@@ -67,7 +67,8 @@ def check_command(name: str, argv: list[str], monkeypatch, folder: Path) -> None
     """It parses; a checkpoint that it names is taken to exist."""
     script = load(name)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(script, "load_checkpoint", lambda *_: dict(args=dataclasses.asdict(script.Args()), optimizer={}))
+    saved = dict(args=dataclasses.asdict(script.Args()), optimizer={})
+    monkeypatch.setattr(script, "load_checkpoint", lambda *_: saved)
     try:
         script.parse_args(argv)
     except SystemExit as end:

@@ -152,7 +152,9 @@ def test_resume_after_a_kill(m, rows, more, tmp_path):
 @REPLAYS
 def test_announced_bytes_are_the_real_size(m, tmp_path, capsys):
     """The size printed before allocating is that of the tensors and of the files, whose disk space is taken at once."""
-    replay = m.make_replay(SPECS, 5000, 2, m.Args(), CPU, tmp_path / "replay")
+    place = m.replay_device(SPECS, 5000 * 2, m.Args(run_dir=str(tmp_path)), CPU)
+    (tmp_path / "replay").mkdir()
+    replay = m.SequenceReplay(SPECS, 5000, 2, place, tmp_path / "replay")
     announced = re.search(r"([\d,]+) rows x ([\d,]+) bytes", capsys.readouterr().out)
     rows, size = (int(x.replace(",", "")) for x in announced.groups())
     assert rows * size == sum(v.numel() * v.element_size() for v in replay.data.values())
