@@ -186,7 +186,8 @@ def main() -> None:
     print(
         f"{result['script']} {args.size} B{args.batch_size}xT{args.batch_length} {device.type} {args.precision}, "
         f"compile {args.compile}: {median:.1f} ms per update ({result['cpu_ms_per_update']:.1f} CPU ms), "
-        f"{gflop:.1f} GFLOP, {dispatches.count} dispatches, act {result['act_ms']:.2f} ms, peak {result['peak_rss_mb']:.0f} MB"
+        f"{gflop:.1f} GFLOP, {dispatches.count} dispatches, "
+        f"act {result['act_ms']:.2f} ms, peak {result['peak_rss_mb']:.0f} MB"
     )
     print(json.dumps(result))
 
