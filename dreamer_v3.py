@@ -912,19 +912,18 @@ class RSSM(nn.Module):
         self.post_hid, self.post_norm = Linear(deter + tokens, hidden), NormSiLU(hidden)
         self.post_out = Linear(hidden, stoch * classes)
         self.prior_head = head(deter, hidden, 2, stoch * classes, 1.0)
-        self.register_buffer("update_shift", torch.tensor([[0.0], [0.0], [1.0]]), persistent=False)
         self.compiled = False
 
     def scan_weights(self, dtype: torch.dtype, defer: bool) -> dict:
         """What a step multiplies with, in computation precision, packed once per scan."""
         part, hidden = self.deter // self.blocks, self.in_deter.out_features
         dense = self.hid.weight[:, part:].transpose(0, 1).flatten(1)  # rows [x_h, x_z, x_a], columns in block order
-        gru_bias = self.gru.bias.view(self.blocks, 1, 3, part) - self.update_shift  # the cell's sigmoid(update - 1)
         pairs = dict(
             in_deter=(self.in_deter.weight.T, self.in_deter.bias[None]),
             in_stoch=(self.in_stoch.weight.T, self.in_stoch.bias[None]),
             own=(self.hid.weight[:, :part], None), dense=(dense[: 2 * hidden], None),
-            gru=(self.gru.weight, gru_bias.flatten(2)), post=(self.post_hid.weight[:, : self.deter].T, None),
+            gru=(self.gru.weight, self.gru.bias.view(self.blocks, 1, -1)),
+            post=(self.post_hid.weight[:, : self.deter].T, None),
             post_out=(self.post_out.weight.T, self.post_out.bias[None]))
         weights = {k: ScanLinear(w.to(dtype), None if b is None else b.to(dtype), defer) for k, (w, b) in pairs.items()}
         return dict(weights, action=dense[2 * hidden :].to(dtype))
@@ -943,7 +942,7 @@ class RSSM(nn.Module):
         gates = weights["gru"](x.view_as(blocks).transpose(0, 1)).transpose(0, 1)  # (B,G,3*D/G)
         reset, cand, update = gates.chunk(3, -1)  # thirds of each block
         cand = torch.tanh(reset.sigmoid() * cand)
-        return torch.lerp(blocks, cand, update.sigmoid()).flatten(1)  # update * cand + (1 - update) * h
+        return torch.lerp(blocks, cand, (update - 1).sigmoid()).flatten(1)  # u * cand + (1 - u) * h
 
     def observe_step(self, weights: dict, deter, stoch, action_row, token_row, noise) -> tuple:
         """One posterior step: (B,D), (B,S*K), rows (B,D) and (B,H), noise (B,S,K) -> h', z', logits (B,S,K)."""

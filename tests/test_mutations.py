@@ -99,7 +99,7 @@ MUTATIONS = dict(dreamer_v3=[
      "stoch = sample_onehot(unimix(logits, 0)", SCAN, dict(defer=False)),
     ("no uniform share in the dream", "sample_onehot(unimix(self.prior(deter), self.mix)",
      "sample_onehot(unimix(self.prior(deter), 0)", "test_consistency:test_dreaming_is_observing_without_tokens"),
-    ("update gate opened", "- self.update_shift", "+ self.update_shift", SCAN, dict(defer=False)),
+    ("update gate opened", "(update - 1).sigmoid()", "(update + 1).sigmoid()", SCAN, dict(defer=False)),
     ("update gate inverted", "torch.lerp(blocks, cand,", "torch.lerp(cand, blocks,", SCAN, dict(defer=False)),
     ("large actions not scaled", "action / action.detach().abs().clamp(min=1)", "action", SCAN, dict(defer=False)),
     ("deferred bias gradient lost", "grad.sum(-2, keepdim=True) if ctx.has_bias",
