@@ -35,7 +35,7 @@ CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; rando
         catch=(0.8, dict(FAST, env_id="envs:Catch-v0", batch_length=8, imag_horizon=7, train_ratio=64)),
         track=(
             20.0,
-            dict(FAST, env_id="envs:Track-v0", batch_length=12, imag_horizon=8, train_ratio=64, total_timesteps=17_000),
+            dict(FAST, env_id="envs:Track-v0", batch_length=12, imag_horizon=8, train_ratio=64, total_timesteps=22_000),
         ),
         cartpole=(150.0, dict(FAST, env_id="CartPole-v1", batch_length=16, imag_horizon=15, train_ratio=128)),
     ),
