@@ -35,6 +35,8 @@ Delta    against DreamerV2 (tags in the code):
          D3  KL: free nats and two fixed weights       D8  the critic also learns on replay; slow critic regularises
          D4  1 % uniform mix in latents and actor      D9  replay keeps latents, hands out the newest sequences first
          D5  block GRU, RMSNorm + SiLU, max-pooling    D10 one loss, one backward pass; REINFORCE for all actions
+         D11 one width d sizes all; vectors too        D12 a_t stored beside x_t, r and c of the state entered
+         D13 train ratio; no random start; sampled actions in evaluation
 
 Differences from the official code, each on purpose:
          - the discrete actor has the paper's 1 % uniform mix (--actor-unimix 0: today's official behaviour);
@@ -82,7 +84,7 @@ from tqdm import tqdm
 
 # ======== 2. arguments ========
 
-SIZES = dict(size1m=64, size12m=256, size25m=384, size50m=512, size100m=768, size200m=1024, size400m=1536)  # width d
+SIZES = dict(size1m=64, size12m=256, size25m=384, size50m=512, size100m=768, size200m=1024, size400m=1536)  # D11: d
 
 
 @dataclass
@@ -185,7 +187,7 @@ class Args:
 
 
 PRESETS = dict(
-    default={},
+    default={},  # D11
     tiny=dict(size="size1m", total_timesteps=1_200, batch_size=8, batch_length=16, train_ratio=32.0, lr=3e-4,
               warmup=50, save_every=600, video_every=600, log_every=100, eval_episodes=1, buffer_size=100_000),
 )
@@ -218,6 +220,16 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     return device
+
+
+def autocast(args, device: torch.device):
+    """bf16 for matrix products and convolutions where --precision says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Norms, softmaxes, losses and returns run in float32 also under bf16; float64 stays (tests)."""
+    return x if x.dtype == torch.float64 else x.float()
 # ==== end shared ====
 
 
@@ -264,21 +276,7 @@ def twohot_mean(logits: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
 # ==== end shared ====
 
 
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Norms, softmaxes, losses and returns run in float32 also under bf16; float64 stays (tests)."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:  # D4
-    """Probabilities (...,K) with a uniform share `mix`; sample, KL, entropy and gradient all use these, not logits."""
-    return (1 - mix) * at_least_float32(logits).softmax(-1) + mix / logits.shape[-1]
-
-
-def log_unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:
-    """log unimix(logits), finite also for mix 0, where a probability can be too small for its float."""
-    return unimix(logits, mix).log() if mix else at_least_float32(logits).log_softmax(-1)
-
-
+# ==== shared: categorical latents ====
 def entropy(log_probs: torch.Tensor) -> torch.Tensor:
     """Entropy in nats of log-probabilities (...,K), (...)."""
     return -(log_probs.exp() * log_probs).sum(-1)
@@ -296,6 +294,17 @@ def sample_onehot(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 def categorical_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) in nats, (...), of log-probabilities (...,S,K): summed over the groups S, which are independent."""
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
+# ==== end shared ====
+
+
+def unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:  # D4
+    """Probabilities (...,K) with a uniform share `mix`; sample, KL, entropy and gradient all use these, not logits."""
+    return (1 - mix) * at_least_float32(logits).softmax(-1) + mix / logits.shape[-1]
+
+
+def log_unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:
+    """log unimix(logits), finite also for mix 0, where a probability can be too small for its float."""
+    return unimix(logits, mix).log() if mix else at_least_float32(logits).log_softmax(-1)
 
 
 def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, mix: float, free_nats: float) -> tuple:  # D3
@@ -322,7 +331,7 @@ def lambda_return(reward: torch.Tensor, value: torch.Tensor, live: torch.Tensor,
     return torch.stack(rets[::-1])
 
 
-class Categorical:
+class Categorical:  # D4
     """Discrete policy over logits (...,A) with one-hot actions. Source: `outs.OneHot`."""
 
     def __init__(self, logits: torch.Tensor, mix: float):
@@ -338,7 +347,7 @@ class Categorical:
         return entropy(self.log_probs)
 
 
-class BoundedNormal:
+class BoundedNormal:  # D10
     """Continuous policy Normal(tanh m, 0.1 + 0.9 sigmoid(s + 2)) over raw = [m, s] (...,2A). Source: `bounded_normal`.
 
     Not squashed: log_prob is that of the raw sample, which the environment clips to [-1, 1]."""
@@ -448,15 +457,31 @@ class GymEnvs:
     """`num_envs` copies of any Gymnasium environment; the same rows as AtariEnvs. Edit here for anything unusual.
 
     Observations: uint8 (Y,X,C) images, other Boxes as float32 vectors, Dicts of both (images are stacked by channel).
-    Actions: Discrete, or Box: clipped to [-1, 1], then mapped to the bounds where they are finite."""
+    Actions: Discrete, or Box: clipped to [-1, 1], then mapped to the bounds where they are finite.
+    `pixels`: learn from the rendered image instead; None: do so unless the observation is one image."""
 
-    def __init__(self, env_id: str, num_envs: int, seed: int, size: int, action_repeat: int, pixels: bool):
-        wrappers = [partial(ActionRepeat, repeat=action_repeat)] if action_repeat > 1 else []
+    def __init__(self, env_id: str, num_envs: int, seed: int, size: int, action_repeat: int, pixels: bool | None):
+        control = env_id.startswith("dm_control/")
+        if control:
+            try:
+                import shimmy  # noqa: F401  registers the ids
+            except ImportError:
+                fail(f'{env_id} needs another package: pip install "shimmy[dm-control]" "mujoco<4"')
+        if pixels is None:
+            with gymnasium.make(env_id) as probe:
+                pixels = len(getattr(probe.observation_space, "shape", None) or ()) != 3
         render = dict(render_mode="rgb_array") if pixels else {}
+        if control and pixels:  # as the official code: small images, the camera that follows
+            camera = 2 if "quadruped" in env_id else 0
+            render["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
+        wrappers = [partial(ActionRepeat, repeat=action_repeat)] if action_repeat > 1 else []
         wrappers += [gymnasium.wrappers.AddRenderObservation] if pixels else []
-        self.envs = gymnasium.make_vec(
-            env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=wrappers, **render,
-            vector_kwargs=dict(autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP))
+        try:
+            self.envs = gymnasium.make_vec(
+                env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=wrappers, **render,
+                vector_kwargs=dict(autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP))
+        except TypeError as error:
+            fail(f"{env_id} cannot be made{' with images' * bool(pixels)} ({error}); dreamer_v3.py learns from vectors")
         self.num_envs, self.seed, self.size, self.act = num_envs, seed, size, self.envs.single_action_space
         space = self.envs.single_observation_space
         spaces = dict(space) if isinstance(space, gymnasium.spaces.Dict) else {"obs": space}
@@ -510,10 +535,10 @@ def make_envs(args: Args, num_envs: int, seed: int) -> AtariEnvs | GymEnvs:
     `discrete` and `seed` as in GymEnvs will do. An unknown id or a missing package: one line, exit status 2."""
     try:
         if args.env_id.startswith("ALE/"):
-            return AtariEnvs(args.env_id, num_envs, seed, args.image_size, "bilinear", args.grayscale,
+            return AtariEnvs(args.env_id, num_envs, seed, args.image_size, "bilinear", args.grayscale,  # D11
                              args.action_repeat, args.sticky_actions, args.full_action_space)
         return GymEnvs(args.env_id, num_envs, seed, args.image_size, args.action_repeat, args.pixels)
-    except (gymnasium.error.Error, ImportError, AssertionError, TypeError) as error:
+    except (gymnasium.error.Error, ImportError, AssertionError) as error:
         fail(f"--env-id {args.env_id}: {str(error).splitlines()[0]}")
 
 
@@ -598,6 +623,22 @@ class Storage:
         if self.device.type != "cpu":
             for name, array in self.files.items():
                 self.data[name].copy_(torch.from_numpy(array).view(self.data[name].dtype))
+
+
+def replay_device(specs: dict, rows: int, args, device: torch.device) -> torch.device:
+    """Where replay goes: the GPU if it fits in half of the free memory, else files. Says its size, checks the disk."""
+    row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+    need, folder = row * rows, Path(args.run_dir).absolute()
+    fits = device.type == "cuda" and need <= torch.cuda.mem_get_info(device)[0] / 2
+    if args.buffer_device == "cuda" and not fits:
+        fail(f"replay needs {need / 2**30:.1f} GiB, over half of the free GPU memory; lower --buffer-size")
+    device = device if fits and args.buffer_device != "cpu" else torch.device("cpu")
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if need > free and not args.resume:
+        fail(f"replay needs {need / 2**30:.2f} GiB but the disk has {free / 2**30:.2f} GiB free: lower it with "
+             f"--buffer-size {int(0.9 * free / row)} or set --run-dir to another disk")
+    print(f"replay: {rows:,} rows x {row:,} bytes = {need / 2**30:.2f} GiB, {device.type}")
+    return device
 # ==== end shared ====
 
 
@@ -649,8 +690,10 @@ def annotate(batch: dict) -> dict:
     first[0] = True
     last[:-1] |= first[1:]
     return dict(batch, is_first=first, is_last=last)
+# ==== end shared ====
 
 
+# ==== shared: update ratio ====
 class Ratio:
     """Updates due: one at the first call, then floor(rows x ratio), the remainder carried. Source: `when.Ratio`."""
 
@@ -667,7 +710,7 @@ class Ratio:
 # ==== end shared ====
 
 
-def split_context(batch: dict) -> tuple[dict, dict]:
+def split_context(batch: dict) -> tuple[dict, dict]:  # D9, D12
     """Rows 0..T (T+1,B,...) -> carry and previous actions, and rows 1..T to train on. Source: `_apply_replay_context`.
 
     Row 0 lends its stored latents and its action. The forced is_first sits on row 0, so it does not reset row 1."""
@@ -736,7 +779,7 @@ class Parallel(nn.ModuleList):
         return torch.cat([layer(x) for layer in self], -1)
 
 
-class Conv(nn.Conv2d):
+class Conv(nn.Conv2d):  # D5
     """5x5 'same' convolution, official initialisation, on (N,Y,X,C): channels last, as the norm and NumPy want them."""
 
     def __init__(self, inputs: int, outputs: int):
@@ -748,7 +791,7 @@ class Conv(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class UpConv(Conv):
+class UpConv(Conv):  # D5
     """Nearest upsampling x2, then the 5x5 convolution; (N,Y,X,in) -> (N,2Y,2X,out).
 
     Computed as one 3x3 convolution at low resolution that makes the four output phases: 9 instead of 25 products per
@@ -839,7 +882,7 @@ class Decoder(nn.Module):
 # ======== 7. world model ========
 
 
-def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # D5
     """bias + x @ weight: (B,in) with (in,out), or block-wise (G,B,in) with (G,in,out)."""
     if bias is None:
         return x @ weight
@@ -893,12 +936,13 @@ class ScanLinear:
         return ScanStep.apply(x, self.weight, self.bias, row, self.tape)
 
 
-class RSSM(nn.Module):
+
+class RSSM(nn.Module):  # D5
     """Recurrent state-space model: h_t = f(h, z, a), prior p(z_t | h_t), posterior q(z_t | h_t, tokens_t).
 
-    What does not depend on the recurrence is taken out of the scan, with the same sums: the token part of the
-    posterior's first layer, the action part of the cell, the prior, all noise. In the official cell each block reads
-    its slice of h and all of [x_h, x_z, x_a]; the latter rows are one dense matrix, only the slice needs blocks."""
+    In the official cell each block reads its slice of h and all of [x_h, x_z, x_a]; the latter rows are one dense
+    matrix, only the slice needs blocks. What does not depend on the recurrence is taken out of the scan, with the same
+    sums: the token part of the posterior's first layer, the action part of the cell, the prior, all noise."""
 
     def __init__(self, deter: int, hidden: int, stoch: int, classes: int, blocks: int, action_dim: int, tokens: int,
                  mix: float):
@@ -916,7 +960,7 @@ class RSSM(nn.Module):
 
     def scan_weights(self, dtype: torch.dtype, defer: bool) -> dict:
         """What a step multiplies with, in computation precision, packed once per scan."""
-        part, hidden = self.deter // self.blocks, self.in_deter.out_features
+        part, hidden = self.deter // self.blocks, self.in_deter.out_features  # D5
         dense = self.hid.weight[:, part:].transpose(0, 1).flatten(1)  # rows [x_h, x_z, x_a], columns in block order
         pairs = dict(
             in_deter=(self.in_deter.weight.T, self.in_deter.bias[None]),
@@ -955,10 +999,10 @@ class RSSM(nn.Module):
     def observe(self, tokens, prev_action, is_first, deter, stoch, noise, defer: bool = True) -> tuple:
         """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), carry h (B,D), z (B,S*K), noise
         (T,B,S,K) -> h (T,B,D), z (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
-        dtype = tokens.dtype
+        dtype = tokens.dtype  # D5
         weights = self.scan_weights(dtype, defer and not self.compiled and torch.is_grad_enabled())
         keep = (~is_first).to(dtype)[..., None]  # trap: h, z and the previous action all start from zero in an episode
-        action_rows = self.action_row(weights, prev_action.to(dtype) * keep)
+        action_rows = self.action_row(weights, prev_action.to(dtype) * keep)  # D5
         token_rows = F.linear(tokens, self.post_hid.weight[:, self.deter :], self.post_hid.bias)
         deter, stoch, outs = deter.to(dtype), stoch.to(dtype), []
         # unbind: the backward pass of rows[t] would write a full-size gradient for every t
@@ -973,7 +1017,7 @@ class RSSM(nn.Module):
 
     def imagine_step(self, weights: dict, deter, stoch, action, noise) -> tuple:
         """One step without observation: (N,D), (N,S*K), action (N,A), noise (N,S,K) -> h', z' ~ p(z' | h')."""
-        deter = self.core(weights, deter, stoch, self.action_row(weights, action.to(deter.dtype)))
+        deter = self.core(weights, deter, stoch, self.action_row(weights, action.to(deter.dtype)))  # D5
         return deter, sample_onehot(unimix(self.prior(deter), self.mix), noise).to(deter.dtype).flatten(1)
 
 
@@ -1075,7 +1119,7 @@ class Behaviour(nn.Module):
         weights = rssm.scan_weights(deter.dtype, defer=False)
         feats, actions = [torch.cat([deter, stoch], -1)], []
         for action_noise, stoch_noise in zip(noise_action, noise_stoch):
-            actions.append(self.policy(feats[-1]).sample(action_noise))
+            actions.append(self.policy(feats[-1]).sample(action_noise))  # D10
             deter, stoch = rssm.imagine_step(weights, deter, stoch, actions[-1], stoch_noise)
             feats.append(torch.cat([deter, stoch], -1))
         return torch.stack(feats), torch.stack(actions)
@@ -1224,12 +1268,7 @@ def share_text(text: str) -> str:
 # ==== end shared ====
 
 
-def autocast(args: Args, device: torch.device):
-    """bf16 for matrix products and convolutions where --precision says so."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False)
-
-
-class Agent(nn.Module):
+class Agent(nn.Module):  # D10
     """World model and behaviour: the policy for the environment, and the one loss of an update."""
 
     def __init__(self, shapes: dict, action_dim: int, discrete: bool, args: Args):
@@ -1245,17 +1284,18 @@ class Agent(nn.Module):
         return {k: torch.zeros(num_envs, n, device=device) for k, n in sizes.items()}
 
     @torch.no_grad()
-    def act(self, row: dict, state: dict) -> dict:
+    def act(self, row: dict, state: dict) -> dict:  # D13
         """Row (N,...) and state -> new {deter, stoch, action}; always sampled, in evaluation too (official)."""
         device, rssm = state["deter"].device, self.world.rssm
         obs = {k: torch.as_tensor(v, device=device)[None] for k, v in row.items()}
         noise = torch.empty(1, len(state["deter"]), rssm.stoch, rssm.classes, device=device).exponential_()
         with autocast(self.args, device):
-            tokens = self.world.encoder(obs)
+            tokens = self.world.encoder(obs)  # D11
             (deter,), (stoch,), _ = rssm.observe(
                 tokens, state["action"][None], obs["is_first"], state["deter"], state["stoch"], noise)
             policy = self.behaviour.policy(torch.cat([deter, stoch], -1))
-        return dict(deter=deter, stoch=stoch, action=policy.sample(self.behaviour.noise(len(deter), device=device)))
+        noise = self.behaviour.noise(len(deter), device=device)
+        return dict(deter=deter, stoch=stoch, action=policy.sample(noise))  # D13
 
     def noise(self, batch_size: int, device: torch.device) -> dict:
         """All random numbers of one update, drawn at once: posterior, imagined actions, imagined latents."""
@@ -1265,7 +1305,7 @@ class Agent(nn.Module):
                     action=self.behaviour.noise(horizon, rollouts, device=device),
                     prior=torch.empty(horizon, rollouts, *groups, device=device).exponential_())
 
-    def loss(self, batch: dict, noise: dict) -> tuple[torch.Tensor, dict, dict]:
+    def loss(self, batch: dict, noise: dict) -> tuple[torch.Tensor, dict, dict]:  # D10
         """Replay rows (T+1,B,...) -> scalar loss, posterior latents for replay, metrics. Eq. 2 (arXiv:2301.04104v2)."""
         with autocast(self.args, batch["deter"].device):
             losses, post, metrics = self.world.loss(batch, noise["post"])
@@ -1282,11 +1322,11 @@ class Agent(nn.Module):
         rssm = self.world.rssm
         rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
         rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
-        rssm.compiled = True
+        rssm.compiled = True  # D5
         self.world.decoder.compile(dynamic=False)
 
 
-def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_size: int) -> dict[str, torch.Tensor]:
+def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_size: int) -> dict:  # D10
     """One update: sample, loss, backward, optimiser, slow critic, latents to replay. No host reads; -> metrics ()."""
     device = optimizer.count.device
     batch, index = replay.sample(batch_size, agent.args.batch_length + 1)
@@ -1347,6 +1387,7 @@ def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, fl
     quota, envs = -(-args.eval_episodes // num_envs), make_envs(args, num_envs, args.seed + 10_000)
     episodes, state, row = Episodes(num_envs), agent.initial(num_envs, device), envs.reset()
     done, frames = [[] for _ in range(num_envs)], []
+    agent.eval()  # an agent that is greedy in evaluation looks at this
     while min(map(len, done)) < quota:
         if "image" in row and not done[0] and len(frames) < 3000:
             frames.append(to_rgb(row["image"][0]))
@@ -1354,6 +1395,7 @@ def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, fl
             done[env].append((ret, length))
         state = agent.act(row, state)
         row = envs.step(state["action"].cpu().numpy())
+    agent.train()
     returns, lengths = zip(*[episode for env in done for episode in env[:quota]])
     score = float(np.mean(returns))
     metrics = {"eval/episodic_return": score, "eval/return_std": float(np.std(returns)),
@@ -1363,19 +1405,40 @@ def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, fl
     return metrics, frames
 
 
+def play(agent, args, device: torch.device) -> None:
+    """--eval-only: load what acting needs, evaluate it, write the results beside it."""
+    path = Path(args.checkpoint)
+    saved, run = load_checkpoint(path, "policy.pt"), path if path.is_dir() else path.parent
+    missing = agent.load_state_dict(saved["agent"], strict=False).missing_keys  # policy.pt holds what acting needs
+    if any(key.startswith(ACTING) for key in missing):
+        fail(f"the policy in {path} is not complete")
+    with SummaryWriter(str(run)) as writer:
+        results = evaluate(agent, args, device, saved["step"])
+        log_results(*results, writer, run / "videos" / "eval.gif", "eval/episode", saved["step"])
+
+
 def to_rgb(image: np.ndarray) -> np.ndarray:
     """(Y,X,C) uint8 with any C -> (Y,X,3): gray is repeated, of stacked images the first is shown."""
     return image[..., :3] if image.shape[-1] >= 3 else image[..., :1].repeat(3, -1)
 
 
-def video_frame(rows: list[np.ndarray], text: list[str], scale: int = 2) -> np.ndarray:
-    """Rows of images (B,Y,X,C) uint8 and a text per column -> one RGB frame, the text in a strip below."""
-    grid = np.concatenate([np.concatenate([to_rgb(image) for image in row], 1) for row in rows], 0)
-    grid = grid.repeat(scale, 0).repeat(scale, 1)
-    frame = Image.fromarray(np.pad(grid, ((0, 14), (0, 0), (0, 0))))
-    for i, words in enumerate(text):
-        ImageDraw.Draw(frame).text((2 + i * grid.shape[1] // len(text), grid.shape[0]), words, fill="white")
-    return np.asarray(frame)
+def dream_video(truth: torch.Tensor, model: torch.Tensor, context: int, **numbers: torch.Tensor) -> tuple:
+    """Image errors, and GIF frames with rows truth, model, error (T,B,Y,X,C) in [0,1] and the `numbers` (T,B) below."""
+    error = (model - truth).square().flatten(2).sum(-1)
+    metrics = {"dream/image_error_posterior": error[:context].mean().item(),
+               "dream/image_error_imagined": error[context:].mean().item()}
+    rows = [(x * 255).byte().cpu().numpy() for x in (truth, model, (model - truth + 1) / 2)]
+    frames = []
+    for t in range(len(truth)):
+        grid = np.concatenate([np.concatenate([to_rgb(image) for image in row[t]], 1) for row in rows], 0)
+        grid = grid.repeat(2, 0).repeat(2, 1)
+        frame = Image.fromarray(np.pad(grid, ((0, 14), (0, 0), (0, 0))))
+        for b in range(truth.shape[1]):
+            words = ["imag" if t >= context else "post", *(f"{k[0]}{v[t, b]:.2f}" for k, v in numbers.items())]
+            place = 2 + b * grid.shape[1] // truth.shape[1], grid.shape[0]
+            ImageDraw.Draw(frame).text(place, " ".join(words), fill="white")
+        frames.append(np.asarray(frame))
+    return metrics, frames
 
 
 def log_results(metrics: dict, frames: list, writer: SummaryWriter, path: Path, tag: str, step: int) -> None:
@@ -1394,7 +1457,7 @@ def log_results(metrics: dict, frames: list, writer: SummaryWriter, path: Path, 
 # ==== end shared ====
 
 
-@torch.no_grad()
+@torch.no_grad()  # D9
 def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int = 4, context: int = 5) -> tuple:
     """Image errors, and GIF frames with rows truth, model, error for `count` replayed sequences: `context` steps from
     the posterior, the rest imagined with the recorded actions; below them the predicted reward and continue."""
@@ -1410,18 +1473,9 @@ def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int
     for action, step_noise in zip(carry["action"][context:], noise[context:]):
         states.append(rssm.imagine_step(weights, *states[-1], action, step_noise))
     deter, stoch = (torch.stack(x) for x in zip(*states))
-    feat, model, truth = torch.cat([deter, stoch], -1), world.decoder.forward(deter, stoch)["image"], obs["image"] / 255
-    error = (model - truth).square().flatten(2).sum(-1)
-    metrics = {"dream/image_error_posterior": error[:context].mean().item(),
-               "dream/image_error_imagined": error[context:].mean().item()}
-    rows = [(x * 255).byte().cpu().numpy() for x in (truth, model, (model - truth + 1) / 2)]
-    reward, cont = twohot_mean(world.reward(feat), world.bins).tolist(), world.cont(feat)[..., 0].sigmoid().tolist()
-    frames = []
-    for t in range(args.batch_length):
-        kind = "imag" if t >= context else "post"
-        text = [f"{kind} r{r:+.1f} c{c:.2f}" for r, c in zip(reward[t], cont[t])]
-        frames.append(video_frame([row[t] for row in rows], text))
-    return metrics, frames
+    feat = torch.cat([deter, stoch], -1)
+    return dream_video(obs["image"] / 255, world.decoder.forward(deter, stoch)["image"], context,  # D11
+                       reward=twohot_mean(world.reward(feat), world.bins), cont=world.cont(feat)[..., 0].sigmoid())
 
 
 # ======== 11. checkpoint and logging ========
@@ -1440,6 +1494,16 @@ def save_atomic(payload: dict, path: Path) -> None:
     if path.exists():
         os.replace(path, path.with_stem(path.stem + "_prev"))
     os.replace(part, path)
+
+
+def save_run(run: Path, args, step: int, agent, optimizer, replay, device: torch.device, **counters) -> None:
+    """checkpoint.pt with everything a resumed run needs, policy.pt with what acting needs."""
+    common = dict(algorithm=Path(__file__).stem, args=asdict(args), step=step)
+    cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    save_atomic(dict(common, **counters, agent=agent.state_dict(), optimizer=optimizer.state_dict(),
+                     replay=replay.state_dict(), rng=torch.get_rng_state(), cuda_rng=cuda_rng), run / "checkpoint.pt")
+    policy = {k: v for k, v in agent.state_dict().items() if k.startswith(ACTING)}
+    save_atomic(dict(common, agent=policy), run / "policy.pt")
 
 
 def load_checkpoint(path: Path, name: str = "checkpoint.pt") -> dict:
@@ -1516,11 +1580,12 @@ class StopSignal:
 # ======== 12. main ========
 
 # On resume these may not change: they decide tensor shapes, the replay layout, or what the numbers mean.
-FIXED = ("env_id", "seed", "num_envs", "size", "image_size", "grayscale", "action_repeat", "full_action_space",
-         "pixels", "precision", "buffer_size")
+FIXED = ("env_id", "seed", "num_envs", "grayscale", "action_repeat", "full_action_space", "precision", "buffer_size",
+         "size", "image_size", "pixels")  # D11
 ACTING = ("world.encoder", "world.rssm", "behaviour.actor")  # what policy.pt holds
 
 
+# ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags, over the arguments of the resumed (or evaluated) run, or over the preset. Bad flags exit with status 2."""
     # tyro's int rejects 1e6: write such whole numbers out before it looks
@@ -1553,17 +1618,22 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return validate(replace(args, resume="" if first.eval_only else str(run)))
 
 
-def validate(args: Args) -> Args:
-    """The arguments, if each makes sense and they fit together; else one line and exit status 2."""
-    may_be_zero = ("seed", "learning_starts", "eval_every", "video_every", "warmup", "eval_episodes")
-    for f in fields(Args):
-        value, positive = getattr(args, f.name), "int" in f.type and f.name not in may_be_zero
+def check_numbers(args, may_be_zero: str) -> None:
+    """Counts are positive except those named, all other numbers finite and not negative."""
+    for f in fields(args):
+        value, positive = getattr(args, f.name), "int" in f.type and f.name not in may_be_zero.split()
         if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= positive):
             if not isinstance(value, bool):
                 fail(f"--{f.name.replace('_', '-')} must be {'positive' if positive else 'zero or more'}, got {value}")
-    if args.batch_length == 1:
+# ==== end shared ====
+
+
+def validate(args: Args) -> Args:
+    """The arguments, if each makes sense and they fit together; else one line and exit status 2."""
+    check_numbers(args, "seed learning_starts eval_every video_every eval_episodes warmup")  # D13
+    if args.batch_length == 1:  # D8
         fail("--batch-length must be at least 2: the replay loss of the critic bootstraps from the next step")
-    if args.image_size % 16:
+    if args.image_size % 16:  # D11
         fail(f"--image-size must be a multiple of 16 (four halvings), got {args.image_size}")
     if args.train_ratio == 0 or max(args.gamma, args.lam, args.unimix, args.actor_unimix, args.sticky_actions) > 1:
         fail("--train-ratio must be positive; --gamma, --lam, --sticky-actions and the unimix shares are at most 1")
@@ -1578,35 +1648,20 @@ def resolve(args: Args, device: torch.device) -> Args:
     cuda, atari = device.type == "cuda", args.env_id.startswith("ALE/")
     if args.buffer_device == "cuda" and not cuda:
         fail("--buffer-device cuda needs --device cuda")
-    return replace(args, size=args.size if args.size != "auto" else "size1m" if device.type == "cpu" else "size12m",
+    size = args.size if args.size != "auto" else "size1m" if device.type == "cpu" else "size12m"  # D11
+    return replace(args, size=size,
                    precision=args.precision if args.precision != "auto" else "bf16" if cuda else "fp32",
                    compile=args.compile if args.compile != "auto" else "on" if cuda else "off",
                    action_repeat=args.action_repeat or (4 if atari else 1))
 
 
-def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:
+def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:  # D9
     """Fields of a replay row: name -> (shape, dtype). Nothing is lost: h in computation precision, z as indices."""
     flag, rssm = ((), torch.bool), agent.world.rssm
     obs = {k: (shape, torch.uint8 if k == "image" else torch.float32) for k, shape in shapes.items()}
     return dict(obs, reward=((), torch.float32), is_first=flag, is_last=flag, is_terminal=flag,
                 action=((agent.behaviour.action_dim,), torch.float32), stoch=((rssm.stoch,), torch.uint8),
                 deter=((rssm.deter,), torch.bfloat16 if args.precision == "bf16" else torch.float32))
-
-
-def replay_device(specs: dict, rows: int, args: Args, device: torch.device) -> torch.device:
-    """Where replay goes: the GPU if it fits in half of the free memory, else files. Says its size, checks the disk."""
-    row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-    need, folder = row * rows, Path(args.run_dir).absolute()
-    fits = device.type == "cuda" and need <= torch.cuda.mem_get_info(device)[0] / 2
-    if args.buffer_device == "cuda" and not fits:
-        fail(f"replay needs {need / 2**30:.1f} GiB, over half of the free GPU memory; lower --buffer-size")
-    device = device if fits and args.buffer_device != "cpu" else torch.device("cpu")
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    if need > free and not args.resume:
-        fail(f"replay needs {need / 2**30:.2f} GiB but the disk has {free / 2**30:.2f} GiB free: lower it with "
-             f"--buffer-size {int(0.9 * free / row)} or set --run-dir to another disk")
-    print(f"replay: {rows:,} rows x {row:,} bytes = {need / 2**30:.2f} GiB, {device.type}")
-    return device
 
 
 def main(args: Args) -> None:
@@ -1616,28 +1671,22 @@ def main(args: Args) -> None:
     args = resolve(args, device)
     if args.num_envs % world_size or args.batch_size % world_size:
         fail(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world_size} ranks")
-    num_envs, batch_size, length = args.num_envs // world_size, args.batch_size // world_size, args.batch_length + 1
+    num_envs, batch_size = args.num_envs // world_size, args.batch_size // world_size
+    length = args.batch_length + 1  # D12: one row lends its latents and action
     envs = make_envs(args, num_envs, args.seed + rank * num_envs)
     torch.manual_seed(args.seed)  # the same weights on every rank
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args).to(device)
     if args.eval_only:
-        path = Path(args.checkpoint)
-        saved, run = load_checkpoint(path, "policy.pt"), path if path.is_dir() else path.parent
-        missing = agent.load_state_dict(saved["agent"], strict=False).missing_keys  # policy.pt holds what acting needs
-        if any(key.startswith(ACTING) for key in missing):
-            fail(f"the policy in {path} is not complete")
-        with SummaryWriter(str(run)) as writer:
-            results = evaluate(agent, args, device, saved["step"])
-            log_results(*results, writer, run / "videos" / "eval.gif", "eval/episode", saved["step"])
-        return
+        return play(agent, args, device)
     if args.compile == "on":
         agent.compile_regions()
-    optimizer = LaProp(agent.parameters(), args.lr, args.warmup, args.agc)
+    optimizer = LaProp(agent.parameters(), args.lr, args.warmup, args.agc)  # D6
 
     # ---- the state of a run: everything that a checkpoint holds ----
     saved = load_checkpoint(Path(args.resume)) if args.resume else None
-    rows = saved["capacity"] if saved else max(length, -(-min(args.buffer_size, args.total_timesteps) // args.num_envs))
-    if length > rows:
+    wanted = -(-min(args.buffer_size, args.total_timesteps) // args.num_envs)  # D9
+    rows = saved["capacity"] if saved else max(args.batch_length + 1, wanted)
+    if rows <= args.batch_length:
         fail(f"--batch-length {args.batch_length} is too long for this run's replay of {rows} rows")
     specs = replay_specs(envs.shapes, agent, args)
     place = replay_device(specs, rows * num_envs, args, device)
@@ -1648,8 +1697,9 @@ def main(args: Args) -> None:
     absent = [name for name in specs if saved and not (folder / f"{name}.npy").exists()]
     if absent:
         fail(f"replay of this run is not complete: no {folder / absent[0]}.npy")
-    replay = SequenceReplay(specs, rows, num_envs, place, folder)
-    step, updates, ratio, metrics = 0, 0, Ratio(args.train_ratio / (args.batch_size * args.batch_length)), {}
+    replay = SequenceReplay(specs, rows, num_envs, place, folder)  # D9
+    ratio = Ratio(args.train_ratio / (args.batch_size * args.batch_length))  # D13
+    step, updates, metrics = 0, 0, {}
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -1667,18 +1717,12 @@ def main(args: Args) -> None:
         replay.flush()
         sum_ranks([0], device)  # wait until every rank has flushed
         if rank == 0:
-            common = dict(algorithm=Path(__file__).stem, args=asdict(args), step=step)
-            cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-            save_atomic(dict(
-                common, agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict(),
-                capacity=rows, updates=updates, ratio=ratio.previous, rng=torch.get_rng_state(), cuda_rng=cuda_rng,
-            ), run / "checkpoint.pt")
-            policy = {k: v for k, v in agent.state_dict().items() if k.startswith(ACTING)}
-            save_atomic(dict(common, agent=policy), run / "policy.pt")
+            counters = dict(capacity=rows, updates=updates, ratio=ratio.previous)
+            save_run(run, args, step, agent, optimizer, replay, device, **counters)
 
     def look(evaluation: bool, video: bool) -> None:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
-            if video and "image" in replay.data and replay.starts(length):
+            if video and "image" in replay.data and replay.starts(length):  # D9
                 path = run / "videos" / f"dream_{step}.gif"
                 log_results(*open_loop_video(agent, replay, args), writer, path, "dream/open_loop", step)
             if evaluation and args.eval_episodes:
@@ -1689,24 +1733,25 @@ def main(args: Args) -> None:
         modules = [*agent.world.named_children(), *agent.behaviour.named_children()]
         counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in modules}
         parts = ", ".join(f"{k} {v:,}" for k, v in counts.items() if v)
-        print(f"run directory: {run}\ndevice: {device}, {args.precision}, compile {args.compile}, {args.size}\n"
+        print(f"run directory: {run}\ndevice: {device}, {args.precision}, compile {args.compile}, {args.size}\n"  # D11
               f"parameters: {sum(counts.values()):,} ({parts})\ngradient steps per policy step: {ratio.ratio:g} "
-              f"(train ratio {args.train_ratio:g}, batch {args.batch_size} x {args.batch_length})")
+              f"(batch {args.batch_size} x {args.batch_length}, train ratio {args.train_ratio:g})")  # D13
 
     # ---- the loop: step all environments, act, store, learn ----
     stop, episodes, clock = StopSignal(), Episodes(num_envs), (time.time(), step, updates)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 10)  # shows steps/s and the measured time left
     state, row = agent.initial(num_envs, device), envs.reset()
-    enough = min(args.batch_size * args.batch_length, (rows - length + 1) * args.num_envs)  # official: B*T sequences
+    enough = min(args.batch_size * args.batch_length, (rows - length + 1) * args.num_envs)  # D13, official: B*T
     while step < args.total_timesteps:
-        state = agent.act(row, state)
+        state = agent.act(row, state)  # D13
         state["action"] *= torch.as_tensor(~row["is_last"], device=device)[:, None]  # none follows an episode's end
         action = state["action"].cpu().numpy()
+        # D9, D12
         latents = dict(deter=state["deter"], stoch=agent.world.pack(state["stoch"]))
         replay.add(dict(row, action=state["action"], **latents), length)
         decisions, stopping, starts = sum_ranks(
-            [int((~row["is_first"]).sum()), stop.received, replay.starts(length)], device)  # all ranks must agree
+            [int((~row["is_first"]).sum()), stop.received, replay.starts(length)], device)  # D9; all ranks must agree
         before, step = step, step + int(decisions)
         for _, ret, steps in episodes.update(row):
             if rank == 0:
@@ -1714,6 +1759,7 @@ def main(args: Args) -> None:
                 writer.add_scalar("charts/episodic_return", ret, step)
                 writer.add_scalar("charts/episodic_length", steps, step)
 
+        # D13
         if starts >= args.num_envs and (step >= args.learning_starts if args.learning_starts else starts >= enough):
             for _ in range(ratio(replay.rows * args.num_envs)):
                 metrics = train_step(agent, optimizer, replay, batch_size)
@@ -1744,6 +1790,8 @@ def main(args: Args) -> None:
         if rank == 0:
             look(evaluation=True, video=True)
     bar.close()
+    if rank == 0 and not updates:
+        print("no update was made: replay never held enough rows, or no episode that is long enough for --batch-length")
     if writer:
         writer.close()
     if world_size > 1:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,29 +53,46 @@ class CountDispatches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def synthetic_rows(script, shapes: dict, agent, num_envs: int, seed: int):
-    """Endless replay rows: random images (never zeros), rewards N(0,1), 1 % episode starts, 0.2 % terminals."""
-    rng, rssm, actions = np.random.default_rng(seed), agent.world.rssm, agent.behaviour.action_dim
-    last = np.zeros(num_envs, bool)
+def synthetic_rows(replay, episode: int, seed: int, classes: int = 2):
+    """Endless rows for a replay: random images (never zeros), numbers N(0,1), episodes of `episode` rows, one in five
+    of which terminates; latents below `classes`."""
+    rng, count = np.random.default_rng(seed), 0
+    shapes = {name: tuple(field.shape[1:]) for name, field in replay.data.items()}
     while True:
-        first, terminal = last, rng.random(num_envs) < 0.002
-        last = terminal | (rng.random(num_envs) < 0.01)
-        obs = {
-            k: rng.integers(0, 256, (num_envs, *s)).astype(np.uint8)
-            if k == "image"
-            else rng.normal(size=(num_envs, *s))
-            for k, s in shapes.items()
-        }
-        yield dict(
-            obs,
-            reward=rng.normal(size=num_envs),
-            is_first=first,
-            is_last=last,
-            is_terminal=terminal,
-            action=np.eye(actions)[rng.integers(actions, size=num_envs)],
-            stoch=rng.integers(0, rssm.classes, (num_envs, rssm.stoch)),
-            deter=rng.normal(size=(num_envs, rssm.deter)) / 3,
-        )
+        first, last = (np.full(replay.num_envs, count % episode == end) for end in (0, episode - 1))
+        action = np.eye(shapes["action"][-1])[rng.integers(shapes["action"][-1], size=replay.num_envs)]
+        if hasattr(replay, "episodes"):  # keeps with a row the action that led to it
+            action *= ~first[:, None]
+        row = dict(is_first=first, is_last=last, is_terminal=last & (rng.random(replay.num_envs) < 0.2), action=action)
+        row["reward"] = rng.normal(size=replay.num_envs)
+        for name, shape in shapes.items():
+            if name not in row:
+                whole = replay.data[name].dtype == torch.uint8
+                high = 256 if name == "image" else classes
+                row[name] = rng.integers(0, high, shape).astype(np.uint8) if whole else rng.normal(size=shape) / 3
+        yield row
+        count += 1
+
+
+def make_update(script, agent, shapes: dict, args, device: torch.device):
+    """What an update needs, as main makes it -> (complete update without arguments, endless replay rows)."""
+    specs = script.replay_specs(shapes, agent, args)
+    if hasattr(script, "EpisodeReplay"):
+        options = dict(length=args.batch_length, prioritize_ends=args.prioritize_ends)
+        replay = script.EpisodeReplay(specs, 10 * args.batch_length, args.num_envs, device, None, **options)
+        optimizer, rows = script.Optimizers(agent, args), synthetic_rows(replay, 2 * args.batch_length, args.seed)
+        coefs = torch.tensor([script.schedule(text, 0) for text in (args.ent_coef, args.rho)]).to(device)
+        for _ in range(10 * args.batch_length):
+            replay.add(next(rows))
+        return lambda: script.train_step(agent, optimizer, replay, args.batch_size, coefs), rows
+    length = args.batch_length + 1
+    replay = script.SequenceReplay(specs, 10 * length, args.num_envs, device, None)
+    params = [p for n, p in agent.named_parameters() if "slow" not in n]
+    optimizer = script.LaProp(params, args.lr, args.warmup, args.agc)
+    rows = synthetic_rows(replay, 100, args.seed, agent.world.rssm.classes)
+    for _ in range(10 * length):
+        replay.add(next(rows), length)
+    return lambda: script.train_step(agent, optimizer, replay, args.batch_size), rows
 
 
 def timed(function, device: torch.device, repeats: int) -> dict[str, list[float]]:
@@ -105,23 +121,13 @@ def main() -> None:
     device = script.pick_device(args.device)
     args = script.resolve(args, device)
     torch.manual_seed(args.seed)
-    shapes, discrete, actions = {"image": (args.image_size, args.image_size, 1 if args.grayscale else 3)}, True, 6
+    size = getattr(args, "image_size", 64)
+    shapes, discrete, actions = {"image": (size, size, 1 if args.grayscale else 3)}, True, 6
     if not args.env_id.startswith("ALE/"):
         envs = script.make_envs(args, 1, args.seed)
         shapes, discrete, actions = envs.shapes, envs.discrete, envs.action_dim
     agent = script.Agent(shapes, actions, discrete, args).to(device)
-    optimizer = script.LaProp(
-        [p for n, p in agent.named_parameters() if "slow" not in n], args.lr, args.warmup, args.agc
-    )
-    length = args.batch_length + 1
-    replay = script.SequenceReplay(script.replay_specs(shapes, agent, args), 10 * length, args.num_envs, device, None)
-    rows = synthetic_rows(script, shapes, agent, args.num_envs, args.seed)
-    for _ in range(10 * length):
-        replay.add(next(rows), length)
-
-    def update() -> dict:
-        return script.train_step(agent, optimizer, replay, args.batch_size)
-
+    update, rows = make_update(script, agent, shapes, args, device)
     update()
     with FlopCounterMode(display=False) as flops, CountDispatches() as dispatches:
         update()
@@ -140,7 +146,7 @@ def main() -> None:
     low, *_, high = statistics.quantiles(ms["wall"], n=10)
     result = dict(
         script=Path(own.file).name,
-        size=args.size,
+        size=getattr(args, "size", None),
         batch=[args.batch_size, args.batch_length, args.imag_horizon],
         ms_per_update=median,
         ms_p10=low,
@@ -166,7 +172,7 @@ def main() -> None:
         threads=own.threads,
         torch=torch.__version__,
         seed=args.seed,
-        final_loss=float(update()["losses/dyn"]),
+        final_loss=next(float(v) for k, v in update().items() if k in ("losses/dyn", "losses/kl")),
         device_name=torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else platform.processor() or platform.machine(),
@@ -184,10 +190,10 @@ def main() -> None:
     if own.real:
         result["end_to_end_steps_per_s"] = real_training(own, flags)
     print(
-        f"{result['script']} {args.size} B{args.batch_size}xT{args.batch_length} {device.type} {args.precision}, "
-        f"compile {args.compile}: {median:.1f} ms per update ({result['cpu_ms_per_update']:.1f} CPU ms), "
-        f"{gflop:.1f} GFLOP, {dispatches.count} dispatches, "
-        f"act {result['act_ms']:.2f} ms, peak {result['peak_rss_mb']:.0f} MB"
+        f"{result['script']} {result['size'] or 'default'} B{args.batch_size}xT{args.batch_length} {device.type} "
+        f"{args.precision}, compile {args.compile}: "
+        f"{median:.1f} ms per update ({result['cpu_ms_per_update']:.1f} CPU ms), {gflop:.1f} GFLOP, "
+        f"{dispatches.count} dispatches, act {result['act_ms']:.2f} ms, peak {result['peak_rss_mb']:.0f} MB"
     )
     print(json.dumps(result))
 

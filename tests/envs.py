@@ -3,6 +3,8 @@
 id               actions          observation                                     episode
 Catch-v0         Discrete(3)      uint8 image (size,size,3), size=16              7 steps, terminates
 Track-v0         Box(-1,1,(1,))   uint8 image (size,size,3), size=16              length=32 steps, truncates
+Lock-v0          Discrete(3)      uint8 image (size,size,3), size=16, always   6 to 14 steps, truncates
+                                  the same
 Scripted-v0      Discrete(3), or  float32 vector (3,), or with image=True         length=7 steps, end="terminate"
                  continuous=True  uint8 image (16,16,3)                           or "truncate"
 CountingDict-v0  Discrete(3)      Dict: image (16,16,3), vector (4,), scalar ()   length=7 steps, terminates
@@ -83,6 +85,29 @@ class Track(gymnasium.Env):
         return image
 
 
+class Lock(gymnasium.Env):
+    """The right action is 0, 1, 2, 0, 1, 2, ... counted from the episode's start; +1 for each. The image is black.
+
+    The length is random, so only `is_first` tells where to begin counting, and an action that is moved by one step is
+    never right: whoever mixes up either cannot learn it. Mean return, measured over 20,000 episodes: random 3.3,
+    always the first action 3.7; optimal 10.
+    """
+
+    def __init__(self, size: int = 16):
+        self.image = np.zeros((size, size, 3), np.uint8)
+        self.observation_space, self.action_space = Box(0, 255, self.image.shape, np.uint8), Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.length = 0, int(self.np_random.integers(6, 15))
+        return self.image, {}
+
+    def step(self, action):
+        reward = float(action == self.steps % 3)
+        self.steps += 1
+        return self.image, reward, False, self.steps == self.length, {}
+
+
 class Scripted(gymnasium.Env):
     """Deterministic: each observation tells its step number, the action that led to it, and a constant.
 
@@ -139,5 +164,5 @@ class CountingDict(gymnasium.Env):
                     scalar=np.array(self.steps, np.float32))
 
 
-for env in (Catch, Track, Scripted, CountingDict):
+for env in (Catch, Track, Lock, Scripted, CountingDict):
     gymnasium.register(f"{env.__name__}-v0", entry_point=env)

@@ -1,5 +1,6 @@
 """What a user can get wrong: exit status 2, one line `error: ...` and no traceback, nothing made, nothing lost."""
 import errno
+import itertools
 import math
 import os
 import shutil
@@ -43,9 +44,9 @@ def run(finished, tmp_path) -> tuple[str, Path]:  # noqa: F811
 
 # ---- environments ----
 
-VECTOR = Box(-1, 1, (2,), np.float32)
+VECTOR, IMAGE = Box(-1, 1, (2,), np.float32), Box(0, 255, (16, 16, 3), np.uint8)
 SPACES = {
-    "MultiDiscrete": (VECTOR, MultiDiscrete([2, 3])),
+    "MultiDiscrete": (IMAGE, MultiDiscrete([2, 3])),
     "Text": (Dict(words=Text(5), vector=VECTOR), Discrete(2)),
     "Nested": (Dict(inner=Dict(vector=VECTOR)), Discrete(2)),
     "DiscreteObs": (Discrete(5), Discrete(2)),
@@ -63,6 +64,7 @@ ENVIRONMENTS = {  # flags, what the line must name
     "malformed id": (["--env-id", "no such thing"], "no such thing"),
     "missing module": (["--env-id", "no_such_module:Env-v0"], "no_such_module"),
     "missing mujoco": (["--env-id", "HalfCheetah-v5"], "pip install"),
+    "missing dm_control": (["--env-id", "dm_control/walker-walk-v0"], "shimmy[dm-control]"),
     "action space": (["--env-id", "BadMultiDiscrete-v0"], "MultiDiscrete"),
     "text in a Dict": (["--env-id", "BadText-v0"], "'words'"),
     "Dict in a Dict": (["--env-id", "BadNested-v0"], "'inner'"),
@@ -71,6 +73,7 @@ ENVIRONMENTS = {  # flags, what the line must name
     "nothing to render": (["--env-id", "envs:Scripted-v0", "--pixels"], "render_mode"),
     "no pygame": (["--env-id", "CartPole-v1", "--pixels"], "pip install"),
 }
+UNSEEN = ("text in a Dict", "Dict in a Dict", "discrete observation")  # who learns from pixels asks for a picture
 
 
 @each_script
@@ -78,9 +81,9 @@ ENVIRONMENTS = {  # flags, what the line must name
 @pytest.mark.parametrize("case", ENVIRONMENTS)
 def test_environment(name, case, tmp_path, monkeypatch, capfd):
     argv, named = ENVIRONMENTS[case]
-    if "--pixels" in argv and "pixels" not in {f.name for f in fields(load(name).Args)}:
-        pytest.skip("the script has no such flag")
-    for package in ("pygame", "mujoco"):
+    if not tiny.has(name, "pixels"):
+        argv, named = [word for word in argv if word != "--pixels"], "render" if case in UNSEEN else named
+    for package in ("pygame", "mujoco", "shimmy"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     line = refused(capfd, name, *tiny.flags(name, tmp_path / "runs"), *argv)
     assert named in line and argv[1] in line
@@ -89,7 +92,7 @@ def test_environment(name, case, tmp_path, monkeypatch, capfd):
 
 # ---- flags ----
 
-FLAGS = {  # field values, what the line must name
+FLAGS = {  # field values, what the line must name, and the scripts it is about if not all with such fields
     "cuda": (dict(device="cuda"), "--device cuda"),
     "cuda 99": (dict(device="cuda:99"), "--device cuda:99"),
     "nonsense device": (dict(device="gpu"), "--device gpu"),
@@ -104,6 +107,11 @@ FLAGS = {  # field values, what the line must name
     "lambda above 1": (dict(lam=1.01), "--lam"),
     "probability above 1": (dict(sticky_actions=2.0), "--sticky-actions"),
     "no training": (dict(train_ratio=0.0), "--train-ratio"),
+    "no updates": (dict(train_every=0), "--train-every"),
+    "dreams too short for an actor term": (dict(imag_horizon=1), "--imag-horizon", "dreamer_v1", "dreamer_v2"),
+    "no gradient": (dict(grad_clip=0.0), "--grad-clip"),
+    "share above 1": (dict(kl_balance=1.5), "--kl-balance"),
+    "rate above 1": (dict(slow_rate=1.5), "--slow-rate", "dreamer_v2"),
     "nothing to evaluate": (dict(eval_only=True), "--checkpoint"),
     "missing run": (dict(resume="no/such/run"), "no/such/run"),
     "missing policy": (dict(eval_only=True, checkpoint="no/such/run"), "no/such/run"),
@@ -113,19 +121,52 @@ FLAGS = {  # field values, what the line must name
 @each_script
 @pytest.mark.parametrize("case", FLAGS)
 def test_flags(name, case, tmp_path, capfd):
-    values, named = FLAGS[case]
-    if not set(values) <= {f.name for f in fields(load(name).Args)}:
-        pytest.skip("the script has no such flag")
+    values, named, *scripts = FLAGS[case]
+    if not tiny.has(name, *values) or name not in (scripts or NAMES):
+        pytest.skip("the script has no such flag, or not this limit")
     if "cuda" in str(values) and torch.cuda.is_available() and "99" not in str(values):
         pytest.skip("about machines without a GPU")
     assert named in refused(capfd, name, *tiny.flags(name, tmp_path / "runs", **values))
     assert not (tmp_path / "runs").exists()
 
 
+SCHEDULES = [name for name in NAMES if hasattr(load(name), "schedule")]
+NO_SCHEDULE = ("", "many", "1e-3,1e-4", "linear", "linear()", "linear(1,2)", "linear(1,2,3,4)", "linear(a,b,c)",
+               "linear(1,0,0)", "warmup(1)", "warmup(0,1)", "exp(1,0,0)", "horizon(0,1,5)", "cosine(1,0,5)",
+               "linear(1,0,5", "linear(1,0,5)x", "nan", "inf", "-1e-3", "linear(nan,0,5)", "linear(-1,1,5)",
+               "linear(1,-1,5)", "linear(0,1,-5)", "horizon(10,0,5)", "exp(1,0,-5)")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("text", NO_SCHEDULE)
+def test_schedules_that_make_no_sense(name, text, capfd):
+    """Neither a number nor a schedule, or one that becomes negative or infinite."""
+    for field in ("ent_coef", "rho") if tiny.has(name, "rho") else ("ent_coef",):
+        with pytest.raises(SystemExit) as end:
+            load(name).parse_args([tiny.flag(field, text)])
+        (line,) = capfd.readouterr().err.splitlines()
+        assert end.value.code == 2 and line.startswith(f"error: --{field.replace('_', '-')} ") and text in line
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_that_make_sense(name):
+    for text in ("0", "1e-3", "linear(1e-3,1e-4,1e6)", "warmup(1e5,1e-3)", "exp(1,0.1,1e4)", "horizon(10,100,1e6)"):
+        assert load(name).parse_args([tiny.flag("ent_coef", text)]).ent_coef == text
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if tiny.has(name, "rho")])
+def test_rho_is_a_share(name, capfd):
+    assert load(name).parse_args(["--rho", "linear(0,1,1e6)"]).rho == "linear(0,1,1e6)"
+    for text in ("1.5", "linear(0.5,2,100)"):
+        with pytest.raises(SystemExit) as end:
+            load(name).parse_args(["--rho", text])
+        assert end.value.code == 2 and capfd.readouterr().err.startswith("error: --rho ")
+
+
 @each_script
 def test_numbers_that_make_no_sense(name, capfd):
     """Every number: not negative, not NaN, not infinite; every size and count: not zero either."""
-    may_be_zero = {"seed", "learning_starts", "eval_every", "video_every", "warmup", "eval_episodes"}
+    may_be_zero = {"seed", "learning_starts", "eval_every", "video_every", "warmup", "eval_episodes", "pretrain"}
     for field in fields(load(name).Args):
         if not any(kind in str(field.type) for kind in ("int", "float")):
             continue
@@ -223,12 +264,13 @@ def test_policy_is_no_run(run, capfd):
 def test_changed_architecture(run, capfd):
     name, folder = run
     before = contents(folder)
-    assert "--image-size cannot change" in refused(capfd, name, "--resume", folder, "--image-size", 32)
+    flag = next(f for f in ("--image-size", "--deter") if tiny.has(name, f[2:].replace("-", "_")))
+    assert f"{flag} cannot change" in refused(capfd, name, "--resume", folder, flag, 32)
     assert contents(folder) == before
 
 
 def test_sequence_longer_than_the_resumed_replay(run, capfd):
-    """The ring has as many rows as the first life could fill, whatever --buffer-size says."""
+    """The ring has as many rows as the first life could fill, whatever --buffer-size says; or the length is fixed."""
     name, folder = run
     before = checkpoint(folder)
     assert "--batch-length" in refused(capfd, name, "--resume", folder, "--batch-length", 30, "--total-timesteps", 40)
@@ -241,7 +283,7 @@ def test_sequence_longer_than_the_resumed_replay(run, capfd):
 @each_script
 def test_no_room_for_replay(name, tmp_path, monkeypatch, capfd):
     """Said before anything is written, with a size that would fit."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(total=10**6, used=0, free=10**5))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(total=10**6, used=0, free=2 * 10**5))
     line = refused(capfd, name, *scripted(name, tmp_path / "runs", total_timesteps=200))
     fits = int(line.split("--buffer-size ")[1].split()[0])
     assert not (tmp_path / "runs").exists()
@@ -262,6 +304,30 @@ def test_full_disk_under_replay(run, monkeypatch, capfd):
     assert contents(folder) == before
 
 
+# ---- episodes that replay cannot give ----
+
+EPISODES = [name for name in NAMES if hasattr(load(name), "EpisodeReplay")]
+
+
+@pytest.mark.parametrize("name", EPISODES)
+@pytest.mark.parametrize("flags", [dict(batch_length=8), dict(batch_length=5, buffer_size=7)], ids=["short", "long"])
+def test_no_episode_fits(name, flags, tmp_path, capfd):
+    """Seven steps are fewer than a sequence, or more than the replay holds: said after 100 episodes, not never."""
+    flags = dict(total_timesteps=900, learning_starts=690, **flags)
+    line = refused(capfd, name, *scripted(name, tmp_path / "runs", **flags))
+    assert " 100 episodes" in line and "--batch-length" in line
+    assert int(np.load(next(tmp_path.glob("runs/*/replay0/rows.npy")))[0]) == 800, "rows of 100 episodes"
+
+
+@pytest.mark.parametrize("name", EPISODES)
+def test_some_episodes_fit(name, tmp_path):
+    """Short ones are left out, as long as there are others."""
+    gymnasium.register("Mixed-v0", lambda lengths=itertools.cycle([3, 7, 3]): envs.Scripted(next(lengths), image=True))
+    flags = scripted(name, tmp_path, env_id="Mixed-v0", num_envs=3, batch_length=7, total_timesteps=500)
+    assert execute(name, *flags, "--train-every", 100) == 0
+    assert checkpoint(only(tmp_path))["updates"] == 6
+
+
 # ---- NaN ----
 
 
@@ -279,12 +345,14 @@ def nan_reward(monkeypatch, after: int) -> None:
 @each_script
 def test_nan_loss(name, tmp_path, monkeypatch, capfd):
     """The line names the term and the step, and the last good checkpoint goes on where the environment is mended."""
+    # an episode that begins with step 22 is replayed from step 28 on, and hardly missed by two samples a step
+    after, flags = (21, dict(train_every=1)) if name in EPISODES else (30, {})
     with monkeypatch.context() as patch:
-        nan_reward(patch, after=30)
-        line = refused(capfd, name, *scripted(name, tmp_path, total_timesteps=1_000, save_every=20, log_every=1))
+        nan_reward(patch, after)
+        line = refused(capfd, name, *scripted(name, tmp_path, total_timesteps=1_000, save_every=20, **flags))
     folder = only(tmp_path)
     assert "losses/reward is nan at step" in line and str(folder) in line
-    assert 30 < int(line.split("at step ")[1].split(";")[0]) < 60
+    assert after < int(line.split("at step ")[1].split(";")[0]) < 60
     assert checkpoint(folder)["step"] == 20
     assert execute(name, "--resume", folder, "--total-timesteps", 60) == 0 and check_rows(folder, 1)["step"] == 60
 
@@ -302,14 +370,21 @@ def test_diverged_run_can_go_on(run, capfd):
 def test_nan_weights_are_not_saved(run, monkeypatch, capfd):
     """An infinite gradient behind finite losses, in the only update before a save."""
     name, folder = run
-    saved, backward, calls = (folder / "checkpoint.pt").read_bytes(), torch.Tensor.backward, []
+    saved, losses = (folder / "checkpoint.pt").read_bytes(), []
+    backward, grad = torch.Tensor.backward, torch.autograd.grad
 
     def explode(loss, *_):
-        calls.append(loss.item())
+        losses.append(loss.item())
         backward(loss, torch.full_like(loss, math.inf))
 
+    def explode_critic(loss, params):  # the last of three
+        losses.append(loss.item())
+        return grad(loss, params, torch.full_like(loss, math.inf if len(losses) == 3 else 1.0))
+
     monkeypatch.setattr(torch.Tensor, "backward", explode)
-    flags = ("--total-timesteps", 45, "--train-ratio", 1, "--save-every", 1000)
+    monkeypatch.setattr(torch.autograd, "grad", explode_critic)
+    once = ("--train-every", 20) if tiny.has(name, "train_every") else ("--train-ratio", 1)
+    flags = ("--total-timesteps", 45, *once, "--save-every", 1000, "--log-every", 1000)
     assert "grad" in refused(capfd, name, "--resume", folder, *flags)
-    assert len(calls) == 1 and math.isfinite(calls[0])
+    assert len(losses) in (1, 3) and all(map(math.isfinite, losses))
     assert (folder / "checkpoint.pt").read_bytes() == saved

@@ -8,6 +8,7 @@ import sys
 import typing
 
 import pytest
+import tiny
 from conftest import ROOT, SCRIPTS, load
 from packaging.requirements import Requirement
 
@@ -21,11 +22,29 @@ PRESENT = ("total_timesteps", "exp_name", "buffer_size", "learning_starts", "bat
            "imag_horizon", "gamma", "lam", "ent_coef", "save_every", "eval_every", "eval_episodes", "video_every",
            "log_every")
 OFFICIAL = dict(
+    dreamer_v2=dict(
+        total_timesteps=50_000_000, grayscale=True, sticky_actions=0.25, full_action_space=False,
+        reward_transform="tanh", buffer_size=2_000_000, buffer_device="auto", learning_starts=50_000, pretrain=1,
+        train_every=16, batch_size=16, batch_length=50, prioritize_ends=True, stoch=32, classes=32, deter=600,
+        hidden=600, cnn_depth=48, layers=4, units=400, kl_scale=0.1, kl_balance=0.8, free_nats=0, pred_discount=True,
+        discount_scale=5, imag_horizon=15, gamma=0.999, lam=0.95, actor_grad="auto", rho="0.9", ent_coef="1e-3",
+        exact_trunc_grad=False, slow_rate=1, slow_every=100, model_lr=2e-4, actor_lr=4e-5, critic_lr=1e-4,
+        adam_eps=1e-5, weight_decay=1e-6, grad_clip=100, eval_every=250_000),
     dreamer_v3=dict(
         total_timesteps=1_000_000, batch_size=16, batch_length=64, train_ratio=256, buffer_size=5_000_000, size="auto",
         imag_horizon=15, gamma=1 - 1 / 333, lam=0.95, ent_coef=3e-4, slow_rate=0.02, free_nats=1, beta_dyn=1,
         beta_rep=0.1, beta_repval=0.3, unimix=0.01, actor_unimix=0.01, lr=4e-5, warmup=1000, agc=0.3, image_size=64,
         grayscale=False, sticky_actions=0, full_action_space=False, pixels=False, buffer_device="auto"),
+)
+# the other settings of the authors; every field of the preset is here
+PRESETS = dict(
+    dreamer_v2=dict(
+        paper=dict(full_action_space=True, gamma=0.995, batch_size=50, train_every=4),
+        dmc=dict(
+            action_repeat=2, grayscale=False, sticky_actions=0, reward_transform="identity", learning_starts=1_000,
+            pretrain=100, train_every=5, prioritize_ends=False, deter=200, hidden=200, kl_scale=1, free_nats=1,
+            pred_discount=False, gamma=0.99, ent_coef="1e-4", model_lr=3e-4, actor_lr=8e-5, critic_lr=8e-5,
+            eval_every=10_000, total_timesteps=1_000_000)),
 )
 
 
@@ -102,6 +121,7 @@ def test_names_and_defaults(name):
 ])
 def test_number_formats(name, argv, field, value):
     got = getattr(parse(name, *argv), field)
+    got = load(name).schedule(got, 0) if isinstance(got, str) else got  # a number is the simplest schedule
     assert got == value and type(got) is type(value)
 
 
@@ -126,10 +146,11 @@ def test_floats_are_unaffected(name):
 def test_presets_fill_only_what_was_left_alone(name):
     script, default = load(name), load(name).Args()
     for preset, values in script.PRESETS.items():
+        assert values == PRESETS.get(name, {}).get(preset, values)
         want = dataclasses.replace(default, preset=preset, **values)
         assert parse(name, "--preset", preset) == want
         for field, value in values.items():  # a flag wins over the preset, even where it repeats the default
-            got = parse(name, "--preset", preset, flag(field), str(getattr(default, field)))
+            got = parse(name, "--preset", preset, tiny.flag(field, getattr(default, field)))
             assert got == dataclasses.replace(want, **{field: getattr(default, field)})
     assert set(script.PRESETS) == set(typing.get_args(typing.get_type_hints(script.Args)["preset"]))
     assert script.PRESETS["tiny"] and not script.PRESETS["default"]

@@ -2,8 +2,12 @@
 from collections import Counter
 from contextlib import contextmanager
 
+import pytest
+import tiny as small
 import torch
 import torch.nn.functional as F
+from benchmark import make_update
+from conftest import SCRIPTS, load
 from test_gradients import SHAPES as TINY_SHAPES
 from test_gradients import V3, optimizer_of, random_replay, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,6 +73,14 @@ def make(m):
     return agent, optimizer_of(m, agent), random_replay(m, agent, SHAPES, LENGTH + 20, LENGTH)
 
 
+def show(mode, phases):
+    """Print the counts by phase."""
+    for phase in phases:
+        part = Counter({name: n for (p, name), n in mode.calls.items() if p == phase})
+        print(f"{phase:9s} {part.total():5d}  " + ", ".join(f"{k} {n}" for k, n in part.most_common(14)))
+    print(f"update    {mode.calls.total():5d}")
+
+
 def in_phase(mode, owner, name, monkeypatch):
     method = getattr(owner, name)
 
@@ -90,10 +102,7 @@ def test_dispatches_per_update(m, monkeypatch):
     mode.calls.clear()
     with mode:
         m.train_step(agent, optimizer, replay, BATCH)
-    for phase in (*phases, "rest"):
-        part = Counter({name: n for (p, name), n in mode.calls.items() if p == phase})
-        print(f"{phase:9s} {part.total():5d}  " + ", ".join(f"{k} {n}" for k, n in part.most_common(14)))
-    print(f"update    {mode.calls.total():5d}")
+    show(mode, [*phases, "rest"])
     assert mode.calls.total() <= 7_500
 
 
@@ -116,12 +125,9 @@ def test_dispatches_per_posterior_step(m, monkeypatch):
     assert 20 < step.total() <= 40
 
 
-@V3
-def test_no_host_reads(m, monkeypatch):
-    """An update never waits for a value: none of its operations has a result on the host."""
-    mode, agent = Count(), tiny(m)
-    optimizer, replay = optimizer_of(m, agent), random_replay(m, agent, TINY_SHAPES, 20, agent.args.batch_length)
-    assert replay.queue  # the first update below also takes a sequence from the online queue
+def check_no_host_reads(update, monkeypatch):
+    """Run it twice under guard: no operation with a result on the host, no method that needs one."""
+    mode = Count()
 
     def forbidden(*_):
         raise AssertionError("an update waits for a value")
@@ -129,8 +135,67 @@ def test_no_host_reads(m, monkeypatch):
     for name in HOST_METHODS:
         monkeypatch.setattr(torch.Tensor, name, forbidden)
     with mode:
-        metrics = m.train_step(agent, optimizer, replay, BATCH)
-        m.train_step(agent, optimizer, replay, BATCH)
+        metrics = update()
+        update()
     monkeypatch.undo()
     assert not mode.host_reads
     assert all(torch.is_tensor(v) and v.shape == () and not v.requires_grad for v in metrics.values())
+
+
+@V3
+def test_no_host_reads(m, monkeypatch):
+    """An update never waits for a value: none of its operations has a result on the host."""
+    agent = tiny(m)
+    optimizer, replay = optimizer_of(m, agent), random_replay(m, agent, TINY_SHAPES, 20, agent.args.batch_length)
+    assert replay.queue  # the first update also takes a sequence from the online queue
+    check_no_host_reads(lambda: m.train_step(agent, optimizer, replay, BATCH), monkeypatch)
+
+
+# ---- scripts that learn from episodes, in dreams of which each part has an optimiser of its own ----
+
+EPISODES = pytest.mark.parametrize("m", ids=lambda m: m.__name__, argvalues=[
+    load(path.stem) for path in SCRIPTS if hasattr(load(path.stem), "EpisodeReplay")])
+
+
+@EPISODES
+@pytest.mark.parametrize("discrete", [True, False])
+@pytest.mark.parametrize("actor_grad", ["reinforce", "dynamics", "both"])
+def test_no_host_reads_with_any_gradient(m, discrete, actor_grad, monkeypatch):
+    agent = small.agent(m, discrete, actor_grad=actor_grad, free_nats=0.1)
+    update, _ = make_update(m, agent, small.IMAGE, agent.args, torch.device("cpu"))
+    check_no_host_reads(update, monkeypatch)
+
+
+@EPISODES
+@pytest.mark.parametrize("discrete, most", [(True, 4_500), (False, 6_200)])
+def test_dispatches_of_an_update(m, discrete, most, monkeypatch):
+    """For T = 50 and H = 15, by phase; continuous actions are learned through the dream's gradient."""
+    mode, agent = Count(), small.agent(m, discrete, batch_length=50, imag_horizon=15, layers=4)
+    update, _ = make_update(m, agent, small.IMAGE, agent.args, torch.device("cpu"))
+    phases = dict(observe=agent.world.rssm, imagine=agent.behaviour, grad=torch.autograd, step=m.Adam)
+    for name, owner in phases.items():
+        in_phase(mode, owner, name, monkeypatch)
+    update()  # everything that is made once
+    mode.calls.clear()
+    with mode:
+        update()
+    show(mode, [*phases, "rest"])
+    assert mode.calls.total() <= most
+
+
+@EPISODES
+def test_dispatches_of_a_posterior_step(m):
+    """What one more step of the posterior costs going forward: at most 30 operations."""
+    agent, counts, mode = small.agent(m), [], Count()
+    rssm = agent.world.rssm
+    for steps in (4, 5):
+        tokens, action = torch.zeros(steps, BATCH, agent.world.encoder.tokens), torch.zeros(steps, BATCH, 3)
+        state = torch.zeros(BATCH, rssm.deter), torch.zeros(BATCH, rssm.stoch * rssm.classes)
+        noise = torch.ones(steps, BATCH, rssm.stoch, rssm.classes)
+        mode.calls.clear()
+        with mode:
+            rssm.observe(tokens, action, torch.zeros(steps, BATCH, dtype=torch.bool), *state, noise)
+        counts.append(mode.calls.copy())
+    step = counts[1] - counts[0]
+    print(f"posterior step {step.total()}: " + ", ".join(f"{k} {n}" for (_, k), n in step.most_common()))
+    assert 15 < step.total() <= 30

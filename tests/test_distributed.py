@@ -1,20 +1,97 @@
 """Two gloo processes compute what one computes on the joint batch; torchrun makes one run, to stop and to resume."""
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
+from benchmark import synthetic_rows
 from conftest import ROOT, SCRIPTS, load
-from test_resume import check_rows, checkpoint, differences, execute, finish, only, scripted, start, wait_for
+from test_resume import ENDLESS, check_rows, checkpoint, differences, execute, finish, only, scripted, start, wait_for
 
 NAMES = [path.stem for path in SCRIPTS]
 each_script = pytest.mark.parametrize("name", NAMES)
 RANKS, STEPS, BATCH = 2, 5, 4  # processes, T, joint B
 SHAPES, ACTIONS = {"image": (16, 16, 3), "speed": (2,)}, 3
+CPU = torch.device("cpu")
 
 
-# ---- dreamer_v3: the arithmetic ----
+def shard(batch: dict, noise: dict, rank: int | None) -> tuple[dict, dict]:
+    """This rank's columns, or all of them. Rollouts are (T,B) flattened, time first."""
+    if rank is None:
+        return batch, noise
+
+    def take(x, axis):
+        return x.chunk(RANKS, axis)[rank]
+    rollouts = {k: take(noise[k].unflatten(1, (STEPS, BATCH)), 2).flatten(1, 2) for k in ("action", "prior")}
+    return {k: take(v, 1) for k, v in batch.items()}, dict(post=take(noise["post"], 1), **rollouts)
+
+
+def state(agent) -> dict:
+    return {k: v.clone() for k, v in agent.state_dict().items()}
+
+
+# ---- dreamer_v2: three optimisers, which average by themselves ----
+
+COEFS = torch.tensor([0.01, 0.5])
+
+
+def free_nats(script) -> dict[str, float]:
+    """None; and two between what the ranks see alone and what they see together: there one alone decides otherwise."""
+    kl = [float(three_steps(script, rank, 0.0)["wm/kl"]) for rank in (0, 1, None)]
+    assert min(kl[:2]) < kl[2] < max(kl[:2])
+    return dict(none=0.0, below=(min(kl) + kl[2]) / 2, above=(max(kl) + kl[2]) / 2)
+
+
+def three_steps(script, rank: int | None, free: float) -> dict[str, torch.Tensor]:
+    """One train_step in float64 on the joint batch, or on one rank's shard: metrics, and gradients by parameter, after
+    clipping, as each optimiser's momentum shows them."""
+    torch.manual_seed(0)
+    flags = dict(batch_size=BATCH, batch_length=STEPS, actor_grad="both", grad_clip=0.01, free_nats=free)
+    agent = tiny.agent(script, **flags).double()
+    optimizer, shape = script.Optimizers(agent, agent.args), (STEPS, BATCH)
+    batch = dict(
+        image=torch.randint(256, (*shape, *tiny.IMAGE["image"]), dtype=torch.uint8), reward=torch.randn(shape).double(),
+        is_first=torch.rand(shape) < 0.3, is_terminal=torch.rand(shape) < 0.3,
+        action=torch.eye(3)[torch.randint(3, shape)].double())
+    noise = {k: v.double() for k, v in agent.noise(BATCH, CPU).items()}
+    batch, noise = shard(batch, noise, rank)
+    agent.noise = lambda *_: noise
+    replay = SimpleNamespace(sample=lambda batch_size: batch)
+    metrics = script.train_step(agent, optimizer, replay, len(batch["reward"][0]), COEFS.double())
+    nets = dict(model=agent.world, actor=agent.behaviour.actor, critic=agent.behaviour.critic)
+    momentum = {f"{part} {name}": value for part, net in nets.items()
+                for (name, _), value in zip(net.named_parameters(), optimizer.parts[part].momentum, strict=True)}
+    return metrics | momentum
+
+
+def gradients_v2(script, rank: int | None = None, cases: dict | None = None) -> dict[str, torch.Tensor]:
+    found = {case: three_steps(script, rank, free) for case, free in (cases or free_nats(script)).items()}
+    return {f"{case} {k}": v for case, part in found.items() for k, v in part.items() if "/" not in k or "grad/" in k}
+
+
+def work_v2(script, rank: int) -> dict:
+    cases = free_nats(script)  # both alone: before the process group exists
+    own = gradients_v2(script, rank, cases)
+    yield
+    result = dict(own=own, mean=gradients_v2(script, rank, cases))
+    torch.manual_seed(0)
+    agent = tiny.agent(script, batch_length=STEPS)
+    result["before"] = state(agent)
+    replay = script.EpisodeReplay(script.replay_specs(tiny.IMAGE, agent, agent.args), 60, 1, CPU, None, length=STEPS,
+                                  prioritize_ends=True)
+    optimizer, rows = script.Optimizers(agent, agent.args), synthetic_rows(replay, 9, seed=rank)
+    torch.manual_seed(rank)  # each rank its own experience and its own noise, as in main
+    for _ in range(60):
+        replay.add(next(rows))
+    for _ in range(4):
+        metrics = script.train_step(agent, optimizer, replay, BATCH // RANKS, COEFS)
+    yield result | dict(after=state(agent), optimizer=optimizer.state_dict(), loss=metrics["losses/image"])
+
+
+# ---- dreamer_v3: one loss ----
 
 
 def make_agent(script):
@@ -40,85 +117,84 @@ def make_rows(agent, steps: int, columns: int) -> dict:
         stoch=torch.randint(rssm.classes, (*shape, rssm.stoch), dtype=torch.uint8))
 
 
-def shard(batch: dict, noise: dict, rank: int) -> tuple[dict, dict]:
-    """This rank's columns. Rollouts are (T,B) flattened, time first."""
-    def take(x, axis):
-        return x.chunk(RANKS, axis)[rank]
-    rollouts = {k: take(noise[k].unflatten(1, (STEPS, BATCH)), 2).flatten(1, 2) for k in ("action", "prior")}
-    return {k: take(v, 1) for k, v in batch.items()}, dict(post=take(noise["post"], 1), **rollouts)
-
-
-def gradients(agent) -> dict[str, torch.Tensor]:
-    return {k: p.grad.clone() for k, p in agent.named_parameters() if p.requires_grad}
-
-
-def state(agent) -> dict:
-    return {k: v.clone() for k, v in agent.state_dict().items()}
-
-
-def joint_loss(rank: int | None = None):
+def joint_loss(script, rank: int | None = None):
     """Agent after the backward pass of the joint batch, or of one rank's shard of it."""
-    agent = make_agent(load("dreamer_v3"))
+    agent = make_agent(script)
     batch = make_rows(agent, STEPS + 1, BATCH)
-    noise = {k: v.double() for k, v in agent.noise(BATCH, torch.device("cpu")).items()}
-    batch, noise = (batch, noise) if rank is None else shard(batch, noise, rank)
-    agent.loss(batch, noise)[0].backward()
+    noise = {k: v.double() for k, v in agent.noise(BATCH, CPU).items()}
+    agent.loss(*shard(batch, noise, rank))[0].backward()
     return agent
 
 
-def worker(rank: int, folder: str) -> None:
-    script = load("dreamer_v3")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    agent = joint_loss(rank)
-    own = gradients(agent)
-    script.average_ranks([p.grad for p in agent.parameters() if p.requires_grad])
+def gradients_v3(script, agent=None) -> dict[str, torch.Tensor]:
+    """And the statistics of returns, which are those of the joint batch too."""
+    agent = agent or joint_loss(script)
     norm = agent.behaviour.return_norm
-    result = dict(own=own, mean=gradients(agent), norm=[norm.low, norm.high])
+    return {k: p.grad.clone() for k, p in agent.named_parameters() if p.requires_grad} | dict(
+        low=norm.low.clone(), high=norm.high.clone())
+
+
+def work_v3(script, rank: int) -> dict:
+    own = gradients_v3(script, joint_loss(script, rank))
+    yield
+    agent = joint_loss(script, rank)
+    script.average_ranks([p.grad for p in agent.parameters() if p.requires_grad])
+    result = dict(own=own, mean=gradients_v3(script, agent))
 
     agent = make_agent(script).float()
     result["before"] = state(agent)
     specs = {k: (v.shape[2:], v.float().dtype if v.is_floating_point() else v.dtype)
              for k, v in make_rows(agent, 1, 1).items()}
-    replay = script.SequenceReplay(specs, 40, 1, torch.device("cpu"), None)
+    replay = script.SequenceReplay(specs, 40, 1, CPU, None)
     optimizer = script.LaProp([p for n, p in agent.named_parameters() if "slow_critic" not in n], 1e-3, 0, 0.3)
     torch.manual_seed(rank)  # each rank its own experience and its own noise, as in main
     for row in range(40):
         replay.add({k: v[0] for k, v in make_rows(agent, 1, 1).items()}, STEPS + 1)
     for _ in range(4):
         metrics = script.train_step(agent, optimizer, replay, BATCH // RANKS)
-    result |= dict(after=state(agent), optimizer=optimizer.state_dict(), loss=metrics["losses/dyn"],
-                   sums=script.sum_ranks([rank + 1, 10], torch.device("cpu")), text=script.share_text(f"from {rank}"))
+    yield result | dict(after=state(agent), optimizer=optimizer.state_dict(), loss=metrics["losses/dyn"])
+
+
+# ---- both: what two processes find ----
+
+JOINT = dict(dreamer_v2=gradients_v2, dreamer_v3=gradients_v3)
+WORK = dict(dreamer_v2=work_v2, dreamer_v3=work_v3)
+
+
+def worker(rank: int, folder: str, name: str) -> None:
+    script = load(name)
+    work = WORK[name](script, rank)
+    next(work)  # alone
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    result = next(work)
+    result |= dict(sums=script.sum_ranks([rank + 1, 10], CPU), text=script.share_text(f"from {rank}"))
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    """What each of the processes found."""
+@pytest.fixture(scope="module", params=[name for name in NAMES if name in WORK])
+def ranks(request, tmp_path_factory) -> list[dict]:
+    """What each of the processes found, and one alone on the joint batch."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (str(folder),), RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    torch.multiprocessing.spawn(worker, (str(folder), request.param), RANKS)
+    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return found + [JOINT[request.param](load(request.param))]
 
 
 def test_gradient_is_that_of_the_joint_batch(ranks):
-    joint = gradients(joint_loss())
+    """Every tensor of every optimiser to 1e-6, the norm that clips included, also where free nats decide."""
+    *ranks, joint = ranks
     assert differences(ranks[0]["mean"], ranks[1]["mean"]) == []
     for name, gradient in joint.items():
         scale = gradient.abs().max().item()
         torch.testing.assert_close(ranks[0]["mean"][name], gradient, rtol=1e-6, atol=1e-6 * scale, msg=name)
-        assert scale > 0, name
-    assert len(differences(ranks[0]["own"], joint)) == len(joint), "one rank alone has another gradient"
-
-
-def test_return_statistics_are_those_of_the_joint_batch(ranks):
-    norm = joint_loss().behaviour.return_norm
-    assert norm.high > norm.low
-    for rank in ranks:
-        torch.testing.assert_close(rank["norm"], [norm.low, norm.high], rtol=1e-9, atol=0)
+        untrained = "above" in name and "prior_head" in name  # all that trains the prior is the KL
+        assert (scale == 0) == untrained, name
+        assert untrained or any(not torch.equal(rank["own"][name], gradient) for rank in ranks), "as one rank alone"
 
 
 def test_ranks_stay_equal(ranks):
-    """After updates on different experience: parameters, slow critic, return statistics, optimiser, bit by bit."""
+    """After updates on different experience: parameters, slow critic, statistics, optimiser, bit by bit."""
     assert ranks[0]["loss"] != ranks[1]["loss"]
     for part in ("before", "after", "optimizer"):
         assert differences(ranks[0][part], ranks[1][part]) == []
@@ -126,7 +202,39 @@ def test_ranks_stay_equal(ranks):
 
 
 def test_messages(ranks):
-    assert [rank["sums"] for rank in ranks] == [[3, 20]] * 2 and [rank["text"] for rank in ranks] == ["from 0"] * 2
+    assert [rank["sums"] for rank in ranks[:2]] == [[3, 20]] * 2
+    assert [rank["text"] for rank in ranks[:2]] == ["from 0"] * 2
+
+
+# ---- all scripts: main ----
+
+
+@each_script
+def test_ranks_begin_equal_in_different_environments(name, tmp_path, monkeypatch):
+    """The same weights, from which every update moves them equally; the other environments have other seeds."""
+    script, weights, seeds = load(name), [], []
+    make_envs = script.make_envs
+
+    class Begun(Exception):
+        pass
+
+    def seen(args, num_envs, seed):
+        seeds.extend(range(seed, seed + num_envs))
+        return make_envs(args, num_envs, seed)
+
+    def stop(shapes, agent, args):
+        weights.append(state(agent))
+        raise Begun
+
+    monkeypatch.setattr(script, "make_envs", seen)
+    monkeypatch.setattr(script, "replay_specs", stop)
+    for rank in range(RANKS):
+        monkeypatch.setattr(script, "start_ranks", lambda device, rank=rank: (rank, rank, RANKS))
+        torch.manual_seed(rank)
+        with pytest.raises(Begun):
+            script.main(script.parse_args(tiny.flags(name, tmp_path, num_envs=4)))
+    assert differences(*weights) == [] and len(weights[0]) > 20
+    assert len(seeds) == len(set(seeds)) == 4
 
 
 # ---- all scripts: torchrun ----
@@ -138,7 +246,7 @@ def torchrun(name: str, *flags):
 
 @each_script
 def test_torchrun_stop_and_resume(name, tmp_path, capfd):
-    with torchrun(name, *scripted(name, tmp_path, num_envs=2, total_timesteps=1_000_000)) as process:
+    with torchrun(name, *scripted(name, tmp_path, num_envs=2, **ENDLESS)) as process:
         wait_for(process, "global_step=28")
         process.send_signal(signal.SIGTERM)  # torchrun passes it on
         out, _ = finish(process)

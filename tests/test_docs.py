@@ -1,8 +1,9 @@
 """What README and docstrings say is true: commands parse, tables agree with the code; and scripts keep to their form.
 
 The README holds, as Markdown tables: the files (each row links its script; columns Lines and Parameters); under a
-heading with the word Flags a row per flag (columns Flag, Default); under a heading with the word Metrics rows whose
-first cell lists keys. A heading that names a script, as in "Flags of iris.py", is for that script alone."""
+heading with the word Flags a row per flag, with a column per script whose heading is the script's name and whose cell
+is the default, empty where the script has no such flag; under a heading with the word Metrics rows whose first cell
+lists keys and whose column Scripts names the scripts that write them, empty for all."""
 import ast
 import dataclasses
 import fnmatch
@@ -118,49 +119,64 @@ def tables(text: str) -> list[dict[str, str]]:
     return rows
 
 
-def section(word: str, name: str) -> str:
-    """Text under the README's heading with that word that names the script, or else names none."""
+def section(word: str) -> str:
+    """Text under the README's heading with that word, down to the next heading."""
     parts = re.split(r"^(#+ .*)$", readme(), flags=re.MULTILINE)
-    titled = {title: body for title, body in zip(parts[1::2], parts[2::2]) if re.search(rf"\b{word}\b", title)}
-    own = [title for title in titled if f"{name}.py" in title] or [title for title in titled if ".py" not in title]
-    assert own, f"README has no heading with the word {word}"
-    return titled[own[0]]
+    found = [body for title, body in zip(parts[1::2], parts[2::2]) if re.search(rf"\b{word}\b", title)]
+    assert len(found) == 1, f"README has {len(found)} headings with the word {word}"
+    return found[0]
 
 
-def literal(cell: str):
-    """A cell's value as Python would read it: 1_000_000, 4e-5, None, "" or a bare word."""
-    try:
-        return ast.literal_eval(cell.strip("`"))
-    except (ValueError, SyntaxError):
-        return cell.strip("`")
+def shows(cell: str, default) -> bool:
+    """Whether a cell gives the default as Python or a user would write it: 1_000_000, 4e-5, None, "" or a bare word."""
+    text = cell.strip("`")
+    if isinstance(default, str):
+        return text in (default, repr(default)) if default else text in ('""', "''")
+    value = ast.literal_eval(text)
+    return math.isclose(value, default, rel_tol=1e-3) if type(default) is float else value == default
+
+
+def column(row: dict[str, str], name: str) -> str:
+    """The cell below the script's name, with or without .py and quotes."""
+    (cell,) = [cell for title, cell in row.items() if title.strip("`").removesuffix(".py") == name]
+    return cell
 
 
 @each_script
 def test_flags_table(name):
-    rows = {match[0]: literal(row["default"]) for row in tables(section("Flags", name))
-            if (match := re.search(r"--[\w-]+", row[""]))}
+    cells = {match[0]: column(row, name) for row in tables(section("Flags"))
+             if (match := re.search(r"--[\w-]+", row[""]))}
     defaults = {"--" + f.name.replace("_", "-"): f.default for f in dataclasses.fields(load(name).Args) if f.init}
-    assert set(rows) == set(defaults)
+    assert {flag for flag, cell in cells.items() if cell} == set(defaults)
     for flag, default in defaults.items():
-        same = math.isclose(rows[flag], default, rel_tol=1e-3) if type(default) is float else rows[flag] == default
-        assert same, f"{flag}: {rows[flag]!r} in the README, {default!r} in the script"
+        assert shows(cells[flag], default), f"{flag}: {cells[flag]!r} in the README, {default!r} in the script"
+
+
+def test_flags_table_has_no_orphans():
+    """Each flag of the table belongs to some script and stands there once; each has a meaning."""
+    rows = [row for row in tables(section("Flags")) if "--" in row[""]]
+    assert rows and all(any(column(row, name) for name in NAMES) and [*row.values()][-1] for row in rows)
+    assert len({row[""] for row in rows}) == len(rows)
 
 
 @each_script
 def test_metrics_table(name, tmp_path):
     """What a tiny run writes; vector observations add a loss per name, the 26 Atari games a normalised score."""
     scalars, images = tiny.events(tiny.run(name, tmp_path / "run"))
-    listed = [key for row in tables(section("Metrics", name)) for key in re.findall(r"[a-z]+/[\w<>]+", row[""])]
-    assert sorted(listed) == sorted({*scalars, *images, "losses/<key>", "eval/human_normalised"})
+    listed = [key for row in tables(section("Metrics")) if not row["scripts"] or name in row["scripts"]
+              for key in re.findall(r"[a-z]+/[\w<>]+", row[""])]
+    more = {"eval/human_normalised"} | ({"losses/<key>"} if tiny.has(name, "pixels") else set())
+    assert sorted(listed) == sorted({*scalars, *images, *more})
 
 
 def parameters(name: str) -> list[int]:
-    """Trained parameters of each size on Pong."""
+    """Trained parameters of each size on Pong, with its six actions."""
     script, counts = load(name), []
+    image = {"image": (64, 64, 1 if getattr(script.Args, "grayscale", False) else 3)}
     for size in getattr(script, "SIZES", [None]):
         with torch.device("meta"):
             args = dataclasses.replace(script.Args(), **({"size": size} if size else {}))
-            agent = script.Agent({"image": (64, 64, 3)}, 6, True, args)
+            agent = script.Agent(image, 6, True, args)
         counts.append(sum(p.numel() for p in agent.parameters() if p.requires_grad))
     return counts
 

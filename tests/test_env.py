@@ -1,9 +1,13 @@
 """Environments: Atari against a bare emulator and Pillow, the ends of episodes, mapping of actions and observations."""
+import sys
+from types import ModuleType
+
 import ale_py
 import envs
 import gymnasium
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import SCRIPTS, load
 from gymnasium.spaces import Box, Dict, Discrete
@@ -31,27 +35,28 @@ def pillow(frame: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def emulator(game: str, noops: int, actions: list[int]):
-    """Maxed raw frame (210,160,3) and summed reward after reset and after each action, from ale-py's bare emulator."""
+def emulator(game: str, noops: int, actions: list[int], gray: bool = False):
+    """Maxed raw frame (210,160,C) and summed reward after reset and after each action, from ale-py's bare emulator."""
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     ale = ale_py.ALEInterface()
     ale.setFloat("repeat_action_probability", 0.0)
     ale.loadROM(ale_py.roms.get_rom_path(game))
     for _ in range(noops):
         ale.act(ale_py.Action.NOOP)
-    yield ale.getScreenRGB(), 0
+    screen = (lambda: ale.getScreenGrayscale()[..., None]) if gray else ale.getScreenRGB
+    yield screen(), 0
     for action in actions:
         screens, reward = [], 0
         for _ in range(4):
             reward += ale.act(ale.getMinimalActionSet()[action])
-            screens.append(ale.getScreenRGB())
+            screens.append(screen())
         yield np.maximum(*screens[-2:]), reward
 
 
-def native(env_id: str, size: tuple[int, int], seed: int = 3):
+def native(env_id: str, size: tuple[int, int], gray: bool = False, sticky: float = 0.0):
     """ale-py's vector environment with Dreamer's options, set up here and not in a script."""
-    return gymnasium.make_vec(env_id, num_envs=1, img_height=size[0], img_width=size[1], grayscale=False, stack_num=1,
-                              use_fire_reset=False, reward_clipping=False, repeat_action_probability=0.0)
+    return gymnasium.make_vec(env_id, num_envs=1, img_height=size[0], img_width=size[1], grayscale=gray, stack_num=1,
+                              use_fire_reset=False, reward_clipping=False, repeat_action_probability=sticky)
 
 
 ACTIONS = [int(a) for a in np.random.default_rng(0).integers(0, 9, 150)]  # Ms. Pac-Man: 9 actions, dots are worth 10
@@ -64,7 +69,8 @@ def test_atari_frames_and_rewards(name):
 
     Torch's antialiased bilinear rounds a few values in ten thousand the other way than Pillow."""
     info = native("ALE/MsPacman-v5", (210, 160)).reset(seed=3)[1]
-    area, envs_ = native("ALE/MsPacman-v5", (64, 64)), make(name, "ALE/MsPacman-v5")
+    colour = dict(grayscale=False) if tiny.has(name, "grayscale") else {}
+    area, envs_ = native("ALE/MsPacman-v5", (64, 64)), make(name, "ALE/MsPacman-v5", sticky_actions=0.0, **colour)
     row, frames = envs_.reset(), area.reset(seed=3)[0]
     rewards = []
     bare = emulator("ms_pacman", int(info["episode_frame_number"][0]), ACTIONS)
@@ -79,6 +85,21 @@ def test_atari_frames_and_rewards(name):
         if action is not None:
             row, frames = envs_.step(one_hot(action, 9)), area.step(np.array([action]))[0]
     assert max(rewards) >= 10, "the rollout should meet a reward that clipping would change"
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if tiny.has(n, "grayscale") and RESIZE[n] == "area"])
+def test_atari_native_gray(name):
+    """64x64 gray: the area average of the maximum of the last two of four gray frames, as ale-py itself makes it."""
+    info = native("ALE/MsPacman-v5", (210, 160)).reset(seed=3)[1]
+    official = native("ALE/MsPacman-v5", (64, 64), gray=True)
+    envs_ = make(name, "ALE/MsPacman-v5", sticky_actions=0.0, grayscale=True)
+    assert envs_.shapes == {"image": (64, 64, 1)}
+    image, want = envs_.reset()["image"][0], official.reset(seed=3)[0]
+    bare = emulator("ms_pacman", int(info["episode_frame_number"][0]), ACTIONS[:40], gray=True)
+    for action, (frame, _) in zip([*ACTIONS[:40], 0], bare):
+        np.testing.assert_array_equal(image[..., 0], want[0, 0])
+        np.testing.assert_array_equal(image, load(name).resize_area(frame[None], 64)[0])
+        image, want = envs_.step(one_hot(action, 9))["image"][0], official.step(np.array([action]))[0]
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if hasattr(load(n).Args, "grayscale") and RESIZE[n] == "bilinear"])
@@ -114,6 +135,11 @@ def test_atari_sticky_actions(name):
         streams[run] = np.stack([envs_.step(one_hot(action % 6, 6))["image"] for action in ACTIONS[:60]])
     np.testing.assert_array_equal(streams["first"], streams["again"])
     assert (streams["first"] != streams["sticky"]).any()
+    official = native("ALE/Pong-v5", (64, 64), gray=True, sticky=0.25)
+    official.reset(seed=3)
+    want = np.stack([official.step(np.array([action % 6]))[0] for action in ACTIONS[:60]])
+    if RESIZE[name] == "area" and tiny.has(name, "grayscale"):
+        np.testing.assert_array_equal(streams["sticky"][..., 0], want[:, :, 0])
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if hasattr(load(name).Args, "full_action_space")])
@@ -337,6 +363,77 @@ def test_pixels():
     for _ in range(8):
         moved = envs_.step(one_hot(0, 2))["image"]
     assert (row["image"] != moved).any()
+
+
+class RenderedDict(envs.CountingDict):
+    """Its observations count the steps, its picture is brighter with each of them."""
+
+    metadata = dict(render_modes=["rgb_array"], render_fps=1)
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((32, 48, 3), 10 * self.steps, np.uint8)
+
+
+gymnasium.register("RenderedDict-v0", entry_point=RenderedDict)
+gymnasium.register("ShortPendulum-v0", entry_point="gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=8)
+PICTURES = pytest.mark.parametrize("name", [name for name in NAMES if not tiny.has(name, "pixels")])
+
+
+@PICTURES
+def test_dicts_and_vectors_are_rendered(name):
+    """Who learns from pixels only sees the picture and nothing of the observation; the rest of a row is the same."""
+    stream = rollout(make(name, "RenderedDict-v0", num_envs=2), 9)
+    check_flags(stream)
+    assert set(stream) == {"image", "reward", "is_first", "is_last", "is_terminal"}
+    steps = np.array([*range(8), 0, 1])[:, None].repeat(2, 1)
+    np.testing.assert_array_equal(stream["reward"], np.where(stream["is_first"], 0, steps))
+    np.testing.assert_array_equal(stream["image"], np.zeros((10, 2, 64, 64, 3)) + 10 * steps[..., None, None, None])
+
+
+@PICTURES
+@pytest.mark.parametrize("env_id, actions", [("CartPole-v1", 2), ("ShortPendulum-v0", 1)])
+def test_classic_control_is_rendered(name, env_id, actions):
+    pytest.importorskip("pygame")
+    envs_ = make(name, env_id)
+    stream = rollout(envs_, 3)
+    assert envs_.shapes == {"image": (64, 64, 3)} and envs_.action_dim == actions
+    assert set(stream) == {"image", "reward", "is_first", "is_last", "is_terminal"}
+    frame = load(name).resize_area(envs_.envs.envs[0].render()[None], 64)
+    np.testing.assert_array_equal(stream["image"][-1], frame)
+    assert (stream["image"][0] != frame).any()
+
+
+@PICTURES
+def test_image_observations_are_taken_as_they_are(name):
+    """16x16 pixels become 64x64 of the same colours."""
+    envs_ = make(name, "envs:Catch-v0")
+    image = envs_.reset()["image"]
+    np.testing.assert_array_equal(image[0], envs_.envs.envs[0].unwrapped._image().repeat(4, 0).repeat(4, 1))
+    assert envs_.shapes == {"image": (64, 64, 3)} and image.max() == 255
+
+
+class Control(RenderedDict):
+    """Takes how to render, as DeepMind Control's environments do."""
+
+    def __init__(self, render_mode=None, render_kwargs=None):
+        super().__init__(render_mode)
+        self.render_kwargs = render_kwargs
+
+
+@needs_gym_envs
+@pytest.mark.parametrize("task, camera", [("walker-walk", 0), ("quadruped-run", 2)])
+def test_control_is_rendered_small_by_the_official_camera(task, camera, monkeypatch):
+    env_id = f"dm_control/{task}-v0"
+    monkeypatch.setitem(sys.modules, "shimmy", ModuleType("shimmy"))
+    monkeypatch.setitem(gymnasium.registry, env_id, gymnasium.envs.registration.EnvSpec(env_id, Control))
+    for size in (64, 32):
+        (made,) = gym_envs(env_id, num_envs=1, size=size, pixels=True).envs.envs
+        assert made.unwrapped.render_kwargs == dict(height=size, width=size, camera_id=camera)
+    assert gym_envs(env_id, num_envs=1, pixels=False).envs.envs[0].unwrapped.render_kwargs is None
 
 
 def area(image: np.ndarray, size: int) -> np.ndarray:

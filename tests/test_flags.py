@@ -3,23 +3,36 @@ import dataclasses
 import typing
 from functools import partial
 
+import envs
 import gymnasium
 import pytest
 import tiny
 import torch
 from conftest import SCRIPTS, load
 from gymnasium.spaces import Box, Dict, Discrete
-from test_env import Probe
+from test_env import Probe  # and its environments
 
 NAMES = [path.stem for path in SCRIPTS]
 each_script = pytest.mark.parametrize("name", NAMES)
 SHORT = dict(total_timesteps=11, learning_starts=9, eval_episodes=0)  # two or three updates
+WHOLE = dict(SHORT, total_timesteps=16)  # room in the ring for a whole episode at the end
 BIG = ("size25m", "size50m", "size100m", "size200m", "size400m")
 AUTO_ON_CPU = dict(precision="fp32", compile="off", size="size1m")
 NEEDS = {  # where Catch cannot show what a flag does
     "pixels=True": dict(env_id="CartPole-v1"), "grayscale=True": dict(env_id="ALE/Pong-v5"),
-    "full_action_space=True": dict(env_id="ALE/Pong-v5"), "preset=tiny": dict(image_size=16),
+    "full_action_space=True": dict(env_id="ALE/Pong-v5"), "exact_trunc_grad=True": dict(env_id="ShortTrack-v0"),
+    "preset=dmc": dict(env_id="envs:Track-v0", pretrain=2, total_timesteps=20),
 }
+gymnasium.register("ShortTrack-v0", entry_point=envs.Track, kwargs=dict(length=7))
+gymnasium.register("ShortCart-v0", entry_point="gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=7)
+
+
+@pytest.fixture(autouse=True)
+def short_games(monkeypatch):
+    """Some scripts learn from whole episodes only: games of Atari end after seven policy steps."""
+    make_vec = gymnasium.make_vec
+    monkeypatch.setattr(gymnasium, "make_vec", lambda env_id, **options: make_vec(
+        env_id, **{**options, **(dict(max_num_frames_per_episode=28) if env_id.startswith("ALE/") else {})}))
 
 
 def choices() -> list:
@@ -34,6 +47,10 @@ def choices() -> list:
     return found
 
 
+def short(name: str) -> dict:
+    return WHOLE if hasattr(load(name), "EpisodeReplay") else SHORT
+
+
 def updates(run) -> int:
     return torch.load(run / "checkpoint.pt", weights_only=True)["updates"]
 
@@ -44,7 +61,7 @@ def test_every_choice_updates(name, field, value, tmp_path, monkeypatch):
         pytest.importorskip("pygame")
     if (field, value) == ("compile", "on"):  # the graph is captured; generating machine code for it takes minutes
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    flags = {**SHORT, **NEEDS.get(f"{field}={value}", {}), field: value}
+    flags = {**short(name), **NEEDS.get(f"{field}={value}", {}), field: value}
     run = tiny.run(name, tmp_path / "run", **flags)
     assert updates(run) > 0
     saved = torch.load(run / "checkpoint.pt", weights_only=True)["args"]
@@ -76,28 +93,30 @@ def test_absent_devices(name, flags, tmp_path, capfd):
 
 
 ENVIRONMENTS = {
-    "images, continuous": dict(env_id="envs:Track-v0"),
-    "vectors": dict(env_id="CartPole-v1"),
-    "vectors, continuous": dict(env_id="Pendulum-v1"),
-    "images and vectors": dict(env_id="envs:CountingDict-v0"),
+    "images, continuous": dict(env_id="ShortTrack-v0"),
+    "vectors": dict(env_id="ShortCart-v0"),
+    "vectors, continuous": dict(env_id="ShortPendulum-v0"),
+    "images and vectors": dict(env_id="RenderedDict-v0"),
     "Atari, gray, all actions, sticky": dict(
         env_id="ALE/Pong-v5", grayscale=True, full_action_space=True, sticky_actions=0.25, num_envs=2,
-        total_timesteps=24, learning_starts=18),
-    "action repeat": dict(env_id="envs:Track-v0", action_repeat=3),
-    "three environments": dict(num_envs=3, total_timesteps=36, learning_starts=27),
+        total_timesteps=28, learning_starts=18),
+    "action repeat": dict(env_id="envs:Track-v0", action_repeat=3, total_timesteps=23, learning_starts=20),
+    "three environments": dict(num_envs=3, total_timesteps=42, learning_starts=27),
 }
 
 
 @each_script
 @pytest.mark.parametrize("kind", ENVIRONMENTS)
 def test_every_kind_of_environment(name, kind, tmp_path):
-    flags = {**SHORT, "eval_episodes": 0 if "Atari" in kind else 1, **ENVIRONMENTS[kind]}
-    if not set(flags) <= {f.name for f in dataclasses.fields(load(name).Args)}:
+    flags = {**short(name), "eval_episodes": 0 if "Atari" in kind else 1, **ENVIRONMENTS[kind]}
+    if not tiny.has(name, *flags):
         pytest.skip("the script has no such flag")
+    if "vectors" in kind and not tiny.has(name, "pixels"):
+        pytest.importorskip("pygame")
     run = tiny.run(name, tmp_path / "run", **flags)
     assert updates(run) > 0
     scalars, images = tiny.events(run)
-    pictures = kind not in ("vectors", "vectors, continuous")
+    pictures = kind not in ("vectors", "vectors, continuous") or not tiny.has(name, "pixels")
     assert ("dream/open_loop" in images) == pictures and ("losses/image" in scalars) == pictures
     if "action_repeat" in flags:  # an episode of 32 environment steps is 11 decisions
         assert {value for _, value in scalars["charts/episodic_length"]} == {11}
@@ -109,7 +128,22 @@ gymnasium.register("Names-v0", entry_point=Probe, kwargs=dict(
     observation_space=Dict({key: Box(-1, 1, (2,)) for key in NAMED}), action_space=Discrete(2)))
 
 
-@each_script
+@pytest.mark.parametrize("name", [name for name in NAMES if tiny.has(name, "actor_grad")])
+@pytest.mark.parametrize("env_id", ["envs:Catch-v0", "ShortTrack-v0"])
+def test_every_gradient_for_all_actions(name, env_id, tmp_path):
+    """Each actor gradient moves the actor of either kind of action, each its own way; `auto` is one of them."""
+    actors = {}
+    for kind in ("auto", "reinforce", "dynamics", "both"):
+        run = tiny.run(name, tmp_path / kind, **SHORT, env_id=env_id, actor_grad=kind, video_every=0)
+        assert updates(run) == 2
+        weights = torch.load(run / "policy.pt", weights_only=True)["agent"]
+        actors[kind] = torch.cat([value.flatten() for key, value in weights.items() if "actor" in key])
+    auto = "reinforce" if env_id == "envs:Catch-v0" else "dynamics"
+    same = {kind for kind in actors if torch.equal(actors[kind], actors["auto"])}
+    assert same == {"auto", auto} and not torch.equal(actors["both"], actors["dynamics"])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if tiny.has(name, "pixels")])
 def test_names_of_observations(name, tmp_path, capsys):
     """Entries of a Dict named like something in replay, losses or PyTorch work, or else get one clear line."""
     try:
@@ -121,7 +155,7 @@ def test_names_of_observations(name, tmp_path, capsys):
 @each_script
 def test_evaluation_only(name, tmp_path, capsys):
     """--eval-only plays with policy.pt, from the run directory or the file, and trains nothing."""
-    run = tiny.run(name, tmp_path / "run", **SHORT)
+    run = tiny.run(name, tmp_path / "run", **short(name))
     before = {path: path.stat().st_mtime_ns for path in run.glob("*.pt")}
     for number, checkpoint in enumerate((run, run / "policy.pt")):
         script = load(name)
@@ -130,7 +164,8 @@ def test_evaluation_only(name, tmp_path, capsys):
         assert f"{2 + number} episodes" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.glob("*.pt")} == before
     assert list(run.glob("videos/eval*.gif"))
-    assert [step for step, _ in tiny.events(run)[0]["eval/episodic_return"]] == [11, 11], "the step of the checkpoint"
+    assert [step for step, _ in tiny.events(run)[0]["eval/episodic_return"]] == 2 * [
+        short(name)["total_timesteps"]], "the step of the checkpoint"
 
 
 @each_script
@@ -143,4 +178,4 @@ def test_evaluation_needs_a_policy(name, capsys):
 @each_script
 def test_no_evaluation_episodes(name, tmp_path):
     """--eval-episodes 0 switches evaluation off, also the periodic one."""
-    assert updates(tiny.run(name, tmp_path / "run", **{**SHORT, "eval_every": 5})) > 0
+    assert updates(tiny.run(name, tmp_path / "run", **{**short(name), "eval_every": 5})) > 0

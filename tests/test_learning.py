@@ -30,13 +30,66 @@ FAST = dict(
     save_every=10**9,
     buffer_size=50_000,
 )
-CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; random play: -0.5, 6.5 and 22
+FAST_V2 = dict(
+    deter=128,
+    hidden=128,
+    stoch=32,
+    classes=16,
+    cnn_depth=8,
+    layers=2,
+    units=64,
+    batch_size=16,
+    train_every=2,
+    learning_starts=500,
+    kl_scale=0.3,
+    slow_every=50,
+    model_lr=4e-4,
+    actor_lr=2e-4,
+    critic_lr=3e-4,
+    device="cpu",
+    eval_every=0,
+    eval_episodes=0,
+    video_every=0,
+    save_every=10**9,
+    buffer_size=50_000,
+)
+CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; random play: -0.5, 6.5, 3.3 and 22
+    "dreamer_v2": dict(
+        catch=(
+            0.8,
+            dict(
+                FAST_V2,
+                env_id="envs:Catch-v0",
+                batch_length=7,
+                imag_horizon=7,
+                ent_coef="linear(5e-2,3e-3,6e3)",
+                gamma=0.99,
+                total_timesteps=14_000,
+            ),
+        ),
+        track=(
+            20.0,
+            dict(
+                FAST_V2,
+                env_id="envs:Track-v0",
+                batch_length=12,
+                imag_horizon=8,
+                ent_coef="1e-3",
+                gamma=0.95,
+                pred_discount=False,
+                reward_transform="identity",
+                prioritize_ends=False,
+                total_timesteps=7_000,
+            ),
+        ),
+    ),
     "dreamer_v3": dict(
         catch=(0.8, dict(FAST, env_id="envs:Catch-v0", batch_length=8, imag_horizon=7, train_ratio=64)),
         track=(
             20.0,
             dict(FAST, env_id="envs:Track-v0", batch_length=12, imag_horizon=8, train_ratio=64, total_timesteps=22_000),
         ),
+        lock=(8.0, dict(FAST, env_id="envs:Lock-v0", batch_length=12, imag_horizon=8, train_ratio=64)),
         cartpole=(150.0, dict(FAST, env_id="CartPole-v1", batch_length=16, imag_horizon=15, train_ratio=128)),
     ),
 }

@@ -4,18 +4,20 @@ An entry: what breaks, a text that occurs exactly once in the script, what repla
 change of the script makes a text disappear, find the new one; the breakage stays the same."""
 import functools
 import importlib
+import importlib.util
 import inspect
 import io
 import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_index
-import tiny
+import test_resume
 import torch
-from conftest import ROOT, load
+from conftest import ROOT, TESTS, load
 
 RETURN = "test_math:test_lambda_return_equals_its_definition"
 ENDINGS = "test_gradients:test_replay_critic_at_episode_ends"
@@ -29,8 +31,263 @@ INITIAL, ACTING = "test_golden_dreamer_v3:test_initialisation", "test_consistenc
 QUEUE, UNIFORM = "test_replay:test_online_queue", "test_replay:test_uniform_over_every_start"
 ENCODER, CONTINUE = "test_golden_dreamer_v3:test_encoder", "test_golden_dreamer_v3:test_continue"
 ROWS = "test_index:test_rows_in_replay"
+STARTS, LIKELY = "test_replay:test_starts_in_an_episode", "test_replay:test_episodes_are_equally_likely"
+RING, KILLED = "test_replay:test_ring_of_episodes", "test_replay:test_episodes_after_a_kill"
+GRAY, RENDERED = "test_env:test_atari_native_gray", "test_env:test_dicts_and_vectors_are_rendered"
+WHEN, WAITS = "test_smoke:test_when_it_learns_and_acts", "test_smoke:test_learning_waits_for_a_whole_episode"
+ACTS, RESUMED = "test_index:test_acting_is_observing", "test_resume:test_k_plus_k_steps_are_2k"
+REFUSED = "test_bad_input:test_flags"
+MIXED, DISCRETE, AGAIN = dict(capacity=24, lengths=[[7, 9], [6]]), dict(discrete=True), dict(how="SIGTERM", k=14)
 
-MUTATIONS = dict(dreamer_v3=[
+# of dreamer_v2's own mathematics
+G, D = "test_golden_dreamer_v2:", "test_dreamer_v2:"
+KL2 = D + "test_kl_balancing_gives_the_prior_its_share"
+FREE = D + "test_free_nats_stop_both_sides_by_the_mean_of_the_batch"
+RETURN2, SCHEDULE = D + "test_lambda_return_equals_its_definition", D + "test_schedule"
+CUT, CUT_GRADIENT = D + "test_truncated_normal_is_a_distribution", D + "test_gradient_of_a_truncated_normal_sample"
+REWARDS, DREAM2 = D + "test_which_reward_matters", D + "test_losses_of_a_dream_from_scratch"
+RHO, REACH2 = D + "test_rho_is_the_share_of_reinforce", D + "test_reach"
+DYNAMICS = D + "test_dynamics_gradient_passes_the_model_but_no_critic_and_no_past"
+OWN, UPDATE = D + "test_each_optimizer_moves_its_own_parameters", D + "test_one_update"
+SLOW = D + "test_slow_critic_is_copied_after_updates_1_and_101"
+CELL, SCAN2 = D + "test_cell_has_the_epsilon_of_keras", D + "test_hoisted_observe_equals_the_plain_scan"
+DISCOUNT, WORLD2 = D + "test_discount_head_learns_gamma_of_what_goes_on", G + "test_world_model"
+ADAM, ACTING2 = D + "test_optimiser_equals_its_scalar_form", D + "test_acting_is_observing"
+GREEDY = D + "test_evaluation_takes_the_mode_of_the_policy_and_samples_the_latent"
+REINFORCE, DYN = dict(discrete=True, grad="reinforce"), dict(discrete=False, grad="dynamics")
+ATARI = dict(domain="atari")
+
+MUTATIONS = dict(dreamer_v2=[
+    # pure functions
+    ("alpha and 1 - alpha exchanged", "(1 - balance) * rep_loss + balance * dyn_loss",
+     "balance * rep_loss + (1 - balance) * dyn_loss", KL2, dict(share=0.8)),
+    ("prior's half trains the posterior", "categorical_kl(post.detach(), prior)", "categorical_kl(post, prior)", KL2,
+     dict(share=0.8)),
+    ("posterior's half trains the prior", "categorical_kl(post, prior.detach())", "categorical_kl(post, prior)", KL2,
+     dict(share=0.8)),
+    ("KL turned round", "kl = categorical_kl(post, prior)\n", "kl = categorical_kl(prior, post)\n", KL2,
+     dict(share=0.8)),
+    ("free nats per state", "torch.where(trained, kl.mean(), free_nats)", "kl.clamp(min=free_nats).mean()", FREE),
+    ("no free nats", "torch.where(trained, kl.mean(), free_nats)", "kl.mean()", FREE),
+    ("time flipped in the return", "torch.stack(rets[::-1])", "torch.stack(rets)", RETURN2),
+    ("reward of the state that is entered", "step = reward[:-1] +", "step = reward[1:] +", RETURN2),
+    ("discount of the state that is entered", "decay = discount[:-1] * lam", "decay = discount[1:] * lam", RETURN2),
+    ("bootstrap one step early", "(1 - lam) * value[1:]", "(1 - lam) * value[:-1]", RETURN2),
+    ("last reward counted twice, as printed", "ret, rets = value[-1], []",
+     "ret, rets = reward[-1] + discount[-1] * value[-1], []", D + "test_the_last_state_lends_only_its_value"),
+    ("schedule goes on", "mix = min(step / steps, 1)", "mix = step / steps", SCHEDULE),
+    ("half-life as an e-fold", "0.5 ** (step / steps)", "math.exp(-step / steps)", SCHEDULE),
+    ("sample not exactly one-hot", "onehot + (probs - probs.detach())", "onehot + probs - probs.detach()",
+     D + "test_straight_through_sample"),
+    ("no straight-through gradient", "onehot + (probs - probs.detach()) if", "onehot + 0 * probs if",
+     D + "test_straight_through_sample"),
+    ("exact truncated gradient by default", "unit if self.exact_grad else unit.detach()",
+     "unit.detach() if self.exact_grad else unit", CUT_GRADIENT),
+    ("the clip stops the gradient", "return x + (x.clamp(-1 + 1e-6, 1 - 1e-6) - x).detach()",
+     "return x.clamp(-1 + 1e-6, 1 - 1e-6)", CUT_GRADIENT),
+    ("no clip", "return x + (x.clamp(-1 + 1e-6, 1 - 1e-6) - x).detach()", "return x",
+     D + "test_truncated_normal_samples_by_inverse_cdf"),
+    ("density not normalised", "- self.std.log() - self.mass.log()).sum(-1)", "- self.std.log()).sum(-1)", CUT),
+    ("entropy of the uncut normal", "+ (low - high) / (2 * self.mass)).sum(-1)", ").sum(-1)", CUT),
+    ("softplus deviation", "2 * (std / 2).sigmoid() + 0.1", "F.softplus(std) + 0.1", CUT),
+    ("mode is the least likely", "F.one_hot(self.log_probs.argmax(-1)", "F.one_hot(self.log_probs.argmin(-1)",
+     GREEDY, DISCRETE),
+    # networks
+    ("epsilon of a library", "nn.LayerNorm(3 * deter, eps=1e-3)", "nn.LayerNorm(3 * deter, eps=1e-5)", CELL,
+     dict(scale=0.01)),
+    ("update gate opened", "(update - 1).sigmoid()", "(update + 1).sigmoid()",
+     D + "test_cell_starts_by_keeping_its_memory"),
+    ("update gate inverted", "torch.lerp(deter, cand,", "torch.lerp(cand, deter,", CELL, dict(scale=1.0)),
+    ("order of the gates", "reset, cand, update = self.gru_norm", "update, cand, reset = self.gru_norm", CELL,
+     dict(scale=1.0)),
+    ("reset without effect", "torch.tanh(reset.sigmoid() * cand)", "torch.tanh(cand)", CELL, dict(scale=1.0)),
+    ("the action crosses a reset", "prev_action.to(dtype) * keep", "prev_action.to(dtype)", SCAN2),
+    ("the latent crosses a reset", "deter * k, stoch * k, a, x, e)", "deter * k, stoch, a, x, e)", SCAN2),
+    ("decoder activates its first layer", "conv(F.elu(x) if i else x)", "conv(F.elu(x))", WORLD2, ATARI),
+    ("tokens channel by channel", "return x.flatten(1).unflatten(0, image.shape[:2])",
+     "return x.permute(0, 3, 1, 2).flatten(1).unflatten(0, image.shape[:2])", WORLD2, ATARI),
+    ("weights as a library starts them",
+     "super().__init__(inputs, outputs)\n        nn.init.xavier_uniform_(self.weight)",
+     "super().__init__(inputs, outputs)", D + "test_initialisation_is_that_of_keras"),
+    # world model
+    ("gamma missing in the discount target", 'target = (1 - batch["is_terminal"].to(reward.dtype)) * self.args.gamma',
+     'target = 1 - batch["is_terminal"].to(reward.dtype)', DISCOUNT),
+    ("a time limit is a death", 'target = (1 - batch["is_terminal"]', 'target = (1 - batch["is_last"]', DISCOUNT),
+    ("gamma twice", "[..., 0].sigmoid()\n\n    def loss", "[..., 0].sigmoid() * self.args.gamma\n\n    def loss",
+     DISCOUNT),
+    ("rewards not squashed", 'batch["reward"].tanh() if', 'batch["reward"] if', WORLD2, ATARI),
+    ("mean over pixels", "pixels).flatten(2).sum(-1)", "pixels).flatten(2).mean(-1)", WORLD2, ATARI),
+    ("KL not scaled", "scales = dict(kl=self.args.kl_scale, discount", "scales = dict(discount", WORLD2,
+     ATARI),
+    ("reward head does not train the latents", "normal_nll(self.reward(feat)[",
+     "normal_nll(self.reward(feat.detach())[", REACH2, dict(loss="reward", discrete=True)),
+    # behaviour
+    ("estimators exchanged", 'auto = "reinforce" if discrete else "dynamics"',
+     'auto = "dynamics" if discrete else "reinforce"', D + "test_gradient_estimator_by_default"),
+    ("the policy bends the states it sees", "self.policy(feats[-1].detach()).sample", "self.policy(feats[-1]).sample",
+     D + "test_a_dream_is_made_of_prior_steps", dict(discrete=False)),
+    ("a dream goes on beyond the end", "torch.cat([known[None], discount[1:]])", "discount",
+     D + "test_discount_of_the_replayed_state_is_known"),
+    ("w_0 = d_0", "torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0)", "discount.cumprod(0)",
+     D + "test_a_dream_from_a_terminal_state_teaches_only_its_first_state"),
+    ("gradient through the weights", "discount[:-1]]).cumprod(0).detach()", "discount[:-1]]).cumprod(0)", RHO,
+     DISCRETE),
+    ("V_t instead of V_t+1 in the advantage", "advantage = (target[1:] -", "advantage = (target[:-1] -", REWARDS,
+     REINFORCE),
+    ("V_t instead of V_t+1 in the dynamics", "            objective = target[1:]\n",
+     "            objective = target[:-1]\n", REWARDS, DYN),
+    ("baseline of the next state", "slow_value[:-2]).detach()", "slow_value[1:-1]).detach()", DREAM2, REINFORCE),
+    ("gradient through the advantage", "(target[1:] - slow_value[:-2]).detach()", "(target[1:] - slow_value[:-2])", RHO,
+     DISCRETE),
+    ("action of the next state", "policy.log_prob(action[:-1].detach())", "policy.log_prob(action[1:].detach())",
+     DREAM2, REINFORCE),
+    ("gradient through the action in its log-probability", "policy.log_prob(action[:-1].detach())",
+     "policy.log_prob(action[:-1])", RHO, dict(discrete=False)),
+    ("rho inverted", "coefs[1] * objective + (1 - coefs[1]) * target[1:]",
+     "(1 - coefs[1]) * objective + coefs[1] * target[1:]", RHO, DISCRETE),
+    ("sign of the actor loss", "policy=-(weight", "policy=(weight", DREAM2, DYN),
+    ("sign of the entropy", "+ coefs[0] * bonus)", "- coefs[0] * bonus)", DREAM2, REINFORCE),
+    ("critic bootstraps from itself", "(world.reward, self.slow_critic))", "(world.reward, self.critic))", DREAM2,
+     REINFORCE),
+    ("critic not weighted", "value=(weight[:-1] * normal_nll", "value=(normal_nll", DREAM2, DYN),
+    ("the critic bends the dream", "self.critic(feat[:-1].detach())", "self.critic(feat[:-1])", DYNAMICS),
+    ("the critic bends its target", "normal_nll(value, target.detach())", "normal_nll(value, target)", DYNAMICS),
+    ("slow critic wants gradients", "1).requires_grad_(False)", "1)", DYNAMICS),
+    ("start states keep their graph", "deter=deter.detach(), stoch=stoch.detach())", "deter=deter, stoch=stoch)",
+     DYNAMICS),
+    ("slow critic begins as a copy", 'self.register_buffer("updates"',
+     'self.slow_critic.load_state_dict(self.critic.state_dict())\n        self.register_buffer("updates"', SLOW),
+    ("slow critic first copied late", "self.updates % self.args.slow_every == 0",
+     "(self.updates + 1) % self.args.slow_every == 0", SLOW),
+    ("first copy only in part", "torch.where(self.updates == 0, torch.ones_like(rate), rate)", "rate",
+     D + "test_slow_critic_moves_by_its_rate_after_a_first_full_copy"),
+    # update
+    ("epsilon of torch", "torch._foreach_add_(scale, self.eps)",
+     "torch._foreach_add_(scale, self.eps * correct2.sqrt())", G + "test_optimiser", dict(dtype=torch.float64)),
+    ("decay scaled by the learning rate", "1 - self.decay)", "1 - self.lr * self.decay)",
+     D + "test_weight_decay_ignores_the_learning_rate", dict(lr=1e-5)),
+    ("clipping tensor by tensor", "grads = torch._foreach_mul(grads, (self.clip / norm).clamp(max=1))",
+     "grads = [g * (self.clip / g.norm()).clamp(max=1) for g in grads]", ADAM),
+    ("every gradient at the limit", "(self.clip / norm).clamp(max=1)", "self.clip / norm", ADAM),
+    ("beta2 of another Adam", "beta2=0.999):", "beta2=0.99):", ADAM),
+    ("learning rates exchanged", "(agent.behaviour.actor, args.actor_lr)", "(agent.behaviour.actor, args.critic_lr)",
+     OWN, REINFORCE),
+    ("slow critic copied before the step",
+     'optimizer.parts["critic"].step(losses["value"])\n    agent.behaviour.update_slow_critic()',
+     '(agent.behaviour.update_slow_critic(), optimizer.parts["critic"].step(losses["value"]))[1]',
+     D + "test_slow_critic_follows_the_update_of_the_critic"),
+    ("truncated starts are dead", 'post, batch["is_terminal"]', 'post, batch["is_last"]', UPDATE),
+    # acting, loop
+    ("always greedy", "policy.sample(noise) if self.training else policy.mode()", "policy.mode()",
+     ACTING2, DISCRETE),
+    ("never greedy", "policy.sample(noise) if self.training else policy.mode()", "policy.sample(noise)",
+     GREEDY, DISCRETE),
+    ("an episode begins with old memory", 'tokens, state["action"][None], obs["is_first"],',
+     'tokens, state["action"][None], obs["is_first"] & False,', ACTING2, DISCRETE),
+    ("random actions in one half", ".uniform_(-1, 1)", ".uniform_(0, 1)", D + "test_random_actions_are_uniform"),
+    ("coefficients exchanged", "for text in (args.ent_coef, args.rho)]", "for text in (args.rho, args.ent_coef)]",
+     D + "test_updates_of_a_run"),
+    ("no additional first updates", "(0 if updates else args.pretrain)", "0", D + "test_updates_of_a_run"),
+    # replay
+    ("ends are not preferred", "(self.length if self.prioritize_ends else 0)", "0", STARTS, dict(rows=12, ends=True)),
+    ("ends are always preferred", "(self.length if self.prioritize_ends else 0)", "self.length", STARTS,
+     dict(rows=12, ends=False)),
+    ("the last start never comes", "(last + 1 + (self", "(last + (self", STARTS, dict(rows=12, ends=False)),
+    ("starts beyond the last one", ").long().minimum(last)", ").long()", STARTS, dict(rows=12, ends=True)),
+    ("memory goes on at the start of a chunk", '        batch["is_first"][0] = True\n', "", STARTS,
+     dict(rows=12, ends=True)),
+    ("old episodes more often", "(episode * self.count)", "(episode.square() * self.count)", LIKELY, dict(ends=True)),
+    ("rows of the first environment only", "env.expand(self.length, -1)", "0 * env.expand(self.length, -1)", LIKELY,
+     dict(ends=True)),
+    ("episodes of the first environment only", "(self.begun[env], rows, env)", "(self.begun[env], rows, 0)", RING,
+     MIXED),
+    ("an episode begins one row late", "[env] = number if", "[env] = number + 1 if", RING, MIXED),
+    ("a row of the next episode", "rows = number - self.begun[env] + 1", "rows = number - self.begun[env] + 2", RING,
+     MIXED),
+    ("a sequence has to fit in its steps and one more", "rows = number - self.begun[env] + 1",
+     "rows = number - self.begun[env]", "test_replay:test_short_episodes_are_dropped"),
+    ("forgotten when the last row is overwritten", "if episode[0] >= self.rows - self.size]",
+     "if episode[0] + episode[1] > self.rows - self.size]", RING, MIXED),
+    ("forgotten when another ends", " or self.oldest < self.rows - self.size:", ":", RING, MIXED),
+    ("a killed life's episodes are kept", "\n        self.refresh()\n", "\n", KILLED, dict(rows=60, more=10)),
+    ("episodes are forgotten on resume", "        super().load_state_dict(state)\n",
+     "        super().load_state_dict(dict(state, size=0))\n", KILLED, dict(rows=60, more=4)),
+    # environment
+    ("another resize", '64, "area", args.grayscale', '64, "bilinear", args.grayscale', GRAY),
+    ("always in colour", '"area", args.grayscale', '"area", False', GRAY),
+    ("no sticky actions", "args.action_repeat, args.sticky_actions", "args.action_repeat, 0.0",
+     "test_env:test_atari_sticky_actions"),
+    ("one environment step per policy step", "64, args.action_repeat, pixels", "64, 1, pixels",
+     "test_flags:test_every_kind_of_environment", dict(kind="action repeat")),
+    ("vectors are not rendered", "pixels=None)", "pixels=False)", RENDERED),
+    ("images are rendered too", "pixels=None)", "pixels=True)",
+     "test_env:test_image_observations_are_taken_as_they_are"),
+    ("truncation is a death", "is_last=over, is_terminal=terminated)", "is_last=over, is_terminal=over)", ROWS),
+    # loop
+    ("rows keep the action chosen on them", "replay.add(arrived)", 'replay.add(dict(row, action=state["action"]))',
+     ROWS),
+    ("an action crosses the border of episodes", 'state["action"] *= torch', 'state["action"] *= 1 | torch', ROWS),
+    ("resetting rows are steps", 'int((~row["is_first"]).sum())', "num_envs", "test_index:test_steps_are_decisions"),
+    ("the policy acts from the start", "if step < args.learning_starts or not updates:", "if False:", WHEN),
+    ("random actions for ever", "if step < args.learning_starts or not updates:", "if True:", WHEN),
+    ("the policy acts before it has learned", "if step < args.learning_starts or not updates:",
+     "if step < args.learning_starts:", WAITS),
+    ("updates from the first episode on", "if step >= args.learning_starts and ready", "if ready", WHEN),
+    ("no pretraining", "(0 if updates else args.pretrain)", "0", WHEN),
+    ("pretraining again and again", "(0 if updates else args.pretrain)", "args.pretrain", WHEN),
+    ("updates per step instead of steps per update", "Ratio(1 / args.train_every)", "Ratio(args.train_every)", WHEN),
+    ("schedules stand still", "schedule(text, step) for text", "schedule(text, 0) for text", WHEN),
+    ("updates before an episode is whole", "and ready == world_size:", "and True:", WAITS),
+    ("a part of an update is lost", "self.previous += updates / self.ratio", "self.previous = step", WAITS),
+    ("random actions on one side", "device=device).uniform_(-1, 1)", "device=device).uniform_(0, 1)",
+     "test_index:test_random_actions_are_uniform"),
+    ("frames are policy steps", "step * args.action_repeat", "step", "test_flags:test_every_kind_of_environment",
+     dict(kind="action repeat")),
+    ("looking draws the run's random numbers", 'torch.random.fork_rng([device] if device.type == "cuda" else [])',
+     "torch.no_grad()", "test_resume:test_looking_changes_nothing"),
+    ("waits for ever for long episodes", ">= 100 and not", ">= 1e9 and not",
+     "test_bad_input:test_no_episode_fits", dict(flags=dict(batch_length=8))),
+    ("dreams without an actor term", "min(args.imag_horizon, args", "min(args.imag_horizon + 1, args", REFUSED,
+     dict(case="dreams too short for an actor term")),
+    ("other weights in each process", "torch.manual_seed(args.seed)", "torch.manual_seed(args.seed + rank)",
+     "test_distributed:test_ranks_begin_equal_in_different_environments"),
+    ("each process plays the same episodes", "args.seed + rank * num_envs)", "args.seed + rank)",
+     "test_distributed:test_ranks_begin_equal_in_different_environments"),
+    # acting
+    ("memory is not handed on", "return dict(deter=deter, stoch=stoch, action=policy",
+     'return dict(deter=state["deter"], stoch=stoch, action=policy', ACTS, DISCRETE),
+    ("the latent is not handed on", "return dict(deter=deter, stoch=stoch, action=policy",
+     'return dict(deter=deter, stoch=state["stoch"], action=policy', ACTS, DISCRETE),
+    ("acts without its previous action", 'state["action"][None], obs', '0 * state["action"][None], obs', ACTS,
+     DISCRETE),
+    ("memory crosses the border of episodes", 'obs["is_first"], state["deter"]', '~obs["is_first"], state["deter"]',
+     ACTS, DISCRETE),
+    ("evaluation draws the action", "policy.sample(noise) if self.training else policy.mode()", "policy.sample(noise)",
+     ACTS, DISCRETE),
+    ("training takes the mode", "policy.sample(noise) if self.training else policy.mode()", "policy.mode()", ACTS,
+     DISCRETE),
+    # resume
+    ("a new optimiser", '        optimizer.load_state_dict(saved["optimizer"])\n', "", RESUMED, AGAIN),
+    ("new weights", '        agent.load_state_dict(saved["agent"])\n', "", RESUMED, AGAIN),
+    ("an empty replay", '        replay.load_state_dict(saved["replay"])\n', "", RESUMED, AGAIN),
+    ("other random numbers", '        torch.set_rng_state(saved["rng"])\n', "", RESUMED, AGAIN),
+    ("pretraining on resume", 'saved["updates"], saved["ratio"]', '0, saved["ratio"]', RESUMED, AGAIN),
+    ("the due part of an update is forgotten", 'saved["updates"], saved["ratio"]', 'saved["updates"], saved["step"]',
+     RESUMED, AGAIN),
+    ("the slow critic's clock starts again", 'register_buffer("updates", ',
+     'register_buffer(persistent=False, name="updates", tensor=', RESUMED, AGAIN),
+    ("the same episodes again", "envs.seed += step", "envs.seed += 0", "test_resume:test_resumed_episodes_are_new"),
+    ("sequences of another length", '"batch_length", "stoch"', '"stoch"',
+     "test_resume:test_resume_refuses_another_shape"),
+    ("a policy without its actor", '"world.rssm", "behaviour.actor")', '"world.rssm")',
+     "test_bad_input:test_policy_without_an_actor"),
+    ("infinite weights are saved", "        check_finite(metrics, step, run)\n", "",
+     "test_bad_input:test_nan_weights_are_not_saved"),
+    # update
+    ("a value is read on the host", "metrics.update(ac_metrics)",
+     "metrics.update(ac_metrics, x=loss.item() + 0 * loss)",
+     "test_dispatch:test_no_host_reads_with_any_gradient", dict(discrete=True, actor_grad="reinforce")),
+], dreamer_v3=[
     # pure functions
     ("time flipped in the return", "torch.stack(rets[::-1])", "torch.stack(rets)", RETURN),
     ("reward of the state that is left", "step = reward[1:] +", "step = reward[:-1] +", RETURN),
@@ -87,7 +344,7 @@ MUTATIONS = dict(dreamer_v3=[
     ("vectors not squashed", "self.mlp(symlog(torch.cat([obs[k] for k in self.vectors], -1)))",
      "self.mlp(torch.cat([obs[k] for k in self.vectors], -1))", ENCODER),
     ("average instead of max", "F.max_pool2d", "F.avg_pool2d", ENCODER),
-    ("mean over pixels", ".square().flatten(2).sum(-1)", ".square().flatten(2).mean(-1)",
+    ("mean over pixels", "- target).square().flatten(2).sum(-1)", "- target).square().flatten(2).mean(-1)",
      "test_golden_dreamer_v3:test_decoder"),
     ("upsampling phases shifted", "(p + k - 2) // 2 + 1 == a", "(p + k - 1) // 2 + 1 == a",
      "test_math:test_upsampling_convolution_by_phases"),
@@ -169,44 +426,82 @@ MUTATIONS = dict(dreamer_v3=[
 ])
 
 
-def mutate(name, old, new):
-    """The script with one text replaced, as a module of its own."""
-    source = (ROOT / f"{name}.py").read_text()
+def mutate(name, old, new, folder):
+    """The script with one text replaced, as a file of the same name in the folder, and as a module of its own."""
+    source, path = (ROOT / f"{name}.py").read_text(), folder / f"{name}.py"
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {name}.py"
-    spec = importlib.util.spec_from_file_location(f"mutated_{name}", ROOT / f"{name}.py")
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(f"mutated_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up here
-    exec(compile(source.replace(old, new), spec.origin, "exec"), vars(module))
+    spec.loader.exec_module(module)
     return module
 
 
-def check(module, where, arguments, folder):
-    """Call the test function `file:name` on a module, which it takes as `m` or `v3`, as a global `v3`, or by a run."""
-    file, name = where.split(":")
-    tests, quiet = importlib.import_module(file), io.StringIO()
+class Captured:
+    """What `capsys` and `capfd` give a test, from two texts that are being written."""
+
+    def __init__(self, out, err):
+        self.files = out, err
+
+    def readouterr(self):
+        texts = [file.getvalue() for file in self.files]
+        for file in self.files:
+            file.seek(0), file.truncate()
+        return SimpleNamespace(out=texts[0], err=texts[1])
+
+
+def check(name, module, where, arguments, folder):
+    """Call the test function `file:name` on a module: it takes that as `m` or `v3`, it or a test file that it uses has
+    it as a global, loads it by its name or runs its file. Fixtures are made here; a script that refuses has failed."""
+    file, function = where.split(":")
+    tests, out, err = importlib.import_module(file), io.StringIO(), io.StringIO()
+    test, original, captured = getattr(tests, function), load(name), Captured(out, err)
+    wanted = inspect.signature(test).parameters
     torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(quiet), redirect_stderr(quiet):
-        for user in (tiny, tests):
-            patch.setattr(user, "load", lambda _: module, raising=False)
-        if inspect.ismodule(getattr(tests, "v3", None)):
-            patch.setattr(tests, "v3", module)
-        function, values = getattr(tests, name), dict(arguments, m=module, v3=module, monkeypatch=patch)
-        wanted = inspect.signature(function).parameters
-        if "played" in wanted:
-            values["played"] = test_index.play(folder, *test_index.CASES[2])
-        function(**{k: values[k] for k in wanted})
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        for user in [user for user in sys.modules.values() if getattr(user, "__file__", None)]:
+            if Path(user.__file__).parent != TESTS or user.__name__ in ("conftest", __name__):
+                continue
+            changes = {key: module for key, value in vars(user).items() if value is original}
+            changes |= dict(load=lambda _: module, ROOT=Path(module.__file__).parent)
+            for key in changes.keys() & vars(user).keys():
+                patch.setattr(user, key, changes[key])
+        values = dict(arguments, m=module, v3=module, name=name, monkeypatch=patch, tmp_path=folder / "tmp",
+                      capsys=captured, capfd=captured)
+        values["tmp_path"].mkdir()
+        try:
+            if "played" in wanted:
+                values["played"] = test_index.play(folder / "played", *test_index.MUTATED[name])
+            if {"finished", "run"} & wanted.keys():
+                flags = test_resume.scripted(name, folder / "finished", save_every=10)
+                assert test_resume.execute(name, *flags) == 0
+                values["finished"] = values["run"] = name, test_resume.only(folder / "finished")
+            captured.readouterr()
+            test(**{k: values[k] for k in wanted if k in values})
+        except SystemExit as end:
+            raise AssertionError(err.getvalue()) from end
+
+
+class Frozen(dict):
+    """Arguments as a key of the cache."""
+
+    def __hash__(self):
+        return hash(repr(self))
 
 
 @functools.cache
 def whole_script_passes(name, where, arguments):
     with tempfile.TemporaryDirectory() as folder:
-        check(load(name), where, dict(arguments), Path(folder))
+        check(name, load(name), where, dict(arguments), Path(folder))
 
 
+@pytest.mark.filterwarnings("ignore:.*render_mode")
 @pytest.mark.parametrize("name, what, old, new, where, arguments", [
     pytest.param(name, what, old, new, where, *arguments or [{}], id=f"{name}-{what.replace(' ', '_')}")
     for name, entries in MUTATIONS.items() for what, old, new, where, *arguments in entries])
 def test_breakage_is_noticed(name, what, old, new, where, arguments, tmp_path):
-    whole_script_passes(name, where, tuple(arguments.items()))
-    with pytest.raises(AssertionError):
-        check(mutate(name, old, new), where, arguments, tmp_path)
+    whole_script_passes(name, where, Frozen(arguments))
+    broken = mutate(name, old, new, tmp_path)  # not below: that the text is not there is no success
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check(name, broken, where, arguments, tmp_path)

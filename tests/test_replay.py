@@ -1,4 +1,4 @@
-"""The sequence replay: what it gives, what it writes back, what survives a kill. Every field tells its row."""
+"""Replay of sequences or episodes: what it gives, what it writes back, what survives a kill. Fields tell their row."""
 import copy
 import errno
 import os
@@ -11,6 +11,7 @@ from conftest import SCRIPTS, load
 
 CPU = torch.device("cpu")
 MODULES = [load(path.stem) for path in SCRIPTS]
+STORAGE = pytest.mark.parametrize("m", [m for m in MODULES if hasattr(m, "Storage")], ids=lambda m: m.__name__)
 REPLAYS = pytest.mark.parametrize("m", [m for m in MODULES if hasattr(m, "SequenceReplay")], ids=lambda m: m.__name__)
 SPECS = dict(image=((2, 2, 1), torch.uint8), deter=((3,), torch.bfloat16), stoch=((4,), torch.uint8),
              n=((), torch.float32), env=((), torch.float32), is_first=((), torch.bool), is_last=((), torch.bool))
@@ -149,12 +150,12 @@ def test_resume_after_a_kill(m, rows, more, tmp_path):
     assert replay.size == 15 and max(heads(replay, 50, 4))[0] == rows + 18
 
 
-@REPLAYS
+@STORAGE
 def test_announced_bytes_are_the_real_size(m, tmp_path, capsys):
     """The size printed before allocating is that of the tensors and of the files, whose disk space is taken at once."""
     place = m.replay_device(SPECS, 5000 * 2, m.Args(run_dir=str(tmp_path)), CPU)
     (tmp_path / "replay").mkdir()
-    replay = m.SequenceReplay(SPECS, 5000, 2, place, tmp_path / "replay")
+    replay = m.Storage(SPECS, 5000, 2, place, tmp_path / "replay")
     announced = re.search(r"([\d,]+) rows x ([\d,]+) bytes", capsys.readouterr().out)
     rows, size = (int(x.replace(",", "")) for x in announced.groups())
     assert rows * size == sum(v.numel() * v.element_size() for v in replay.data.values())
@@ -164,7 +165,7 @@ def test_announced_bytes_are_the_real_size(m, tmp_path, capsys):
         assert all(f.st_blocks * 512 >= f.st_size for f in files)
 
 
-@REPLAYS
+@STORAGE
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no posix_fallocate on this system")
 def test_full_disk_is_an_error_before_the_first_row(m, tmp_path, monkeypatch):
     def full(*_):
@@ -172,7 +173,7 @@ def test_full_disk_is_an_error_before_the_first_row(m, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError) as caught:
-        m.SequenceReplay(SPECS, 15, 2, CPU, tmp_path)
+        m.Storage(SPECS, 15, 2, CPU, tmp_path)
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -186,3 +187,168 @@ def test_annotate(m):
     assert out["is_first"].T.int().tolist() == [[1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]
     assert out["is_last"].T.int().tolist() == [[0, 1, 0, 1, 0], [0, 0, 1, 0, 1]]
     assert torch.equal(batch["is_first"], first) and torch.equal(batch["is_last"], last) and len(out) == 3
+
+
+# ---- whole episodes ----
+
+EPISODES = pytest.mark.parametrize("m", [m for m in MODULES if hasattr(m, "EpisodeReplay")], ids=lambda m: m.__name__)
+FIELDS = dict(n=((), torch.int32), env=((), torch.int32), first=((), torch.int32), is_first=((), torch.bool),
+              is_last=((), torch.bool))
+
+
+class Streams:
+    """Environments whose episodes have the given numbers of rows, each its own, over and over; row after row into a
+    replay, and beside it what that replay should know. A row tells its number and that of its episode's first."""
+
+    def __init__(self, m, capacity, lengths, length, prioritize_ends=True, folder=None):
+        self.make = lambda: m.EpisodeReplay(
+            FIELDS, capacity, len(lengths), CPU, folder, length=length, prioritize_ends=prioritize_ends)
+        self.replay, self.lengths, self.length, self.capacity = self.make(), lengths, length, capacity
+        self.first, self.count = [0] * len(lengths), [0] * len(lengths)  # of the running episode: first row, which one
+        self.n, self.whole = 0, []  # whole episodes: (first row, rows, environment)
+
+    def add(self, rows=1):
+        for _ in range(rows):
+            last = [self.n - self.first[e] + 1 == x[self.count[e] % len(x)] for e, x in enumerate(self.lengths)]
+            first, number = torch.tensor(self.first), torch.full((len(last),), self.n)
+            self.replay.add(dict(n=number, env=torch.arange(len(last)), first=first, is_first=number == first,
+                                 is_last=np.array(last)))
+            for e in np.flatnonzero(last).tolist():
+                self.whole.append((self.first[e], self.n - self.first[e] + 1, e))
+                self.first[e], self.count[e] = self.n + 1, self.count[e] + 1
+            self.n += 1
+
+    @property
+    def known(self):
+        """What may be sampled: episodes of at least `length` steps, all of whose rows are there."""
+        return {e for e in self.whole if e[1] > self.length and e[0] >= self.n - self.capacity}
+
+    def sample(self, batch):
+        """Chunks as (episode's first row, start in the episode, environment), after a look at every row of them."""
+        stored = {k: v.clone() for k, v in self.replay.data.items()}
+        data = self.replay.sample(batch)
+        assert all(torch.equal(v, stored[k]) for k, v in self.replay.data.items()), "sampling changes nothing"
+        n, steps = data["n"], torch.arange(self.length)[:, None]
+        assert n.shape == (self.length, batch) and torch.equal(n, n[0] + steps), "rows of one stream, in order"
+        assert all(torch.equal(data[k], data[k][0].expand(self.length, -1)) for k in ("env", "first")), "one episode"
+        assert torch.equal(data["is_first"], (steps == 0).expand(-1, batch)), "at row 0, and there only"
+        assert not data["is_last"][:-1].any()
+        return list(zip(data["first"][0].tolist(), (n - data["first"])[0].tolist(), data["env"][0].tolist()))
+
+
+def within(count, total, p):
+    """A count of `total` draws, five standard deviations from what probability p gives at most."""
+    return abs(count - total * p) <= 5 * np.sqrt(total * p * (1 - p)) + 1e-9
+
+
+@EPISODES
+@pytest.mark.parametrize("rows", [6, 7, 12, 40])
+@pytest.mark.parametrize("ends", [True, False])
+def test_starts_in_an_episode(m, rows, ends):
+    """Without prioritize_ends each start is equally likely; with it the last chunk has (L + 1) / (T + 1) of all."""
+    torch.manual_seed(0)
+    streams, length, total = Streams(m, 100, [[rows]], 5, ends), 5, 20_000
+    streams.add(rows)
+    starts = np.bincount([start for _, start, _ in streams.sample(total)], minlength=rows)
+    p = np.full(rows - length + 1, 1 / (rows + 1 if ends else rows - length + 1))
+    p[-1] = (length + 1) / (rows + 1) if ends else p[-1]
+    assert p.sum() == pytest.approx(1) and starts[len(p) :].sum() == 0
+    assert all(within(count, total, share) for count, share in zip(starts, p)), starts
+
+
+@EPISODES
+@pytest.mark.parametrize("ends", [True, False])
+def test_episodes_are_equally_likely(m, ends):
+    """However long they are and whichever environment they come from; a row of a short one comes more often."""
+    torch.manual_seed(0)
+    streams, total = Streams(m, 200, [[6, 40], [20], [9, 3, 50]], 5, ends), 30_000
+    streams.add(100)
+    chosen, known = streams.sample(total), streams.known
+    assert len(known) >= 8 and {env for _, _, env in known} == {0, 1, 2}
+    for first, _, env in known:
+        assert within(sum(f == first and e == env for f, _, e in chosen), total, 1 / len(known))
+
+
+@EPISODES
+@pytest.mark.parametrize("capacity", [20, 23, 24])
+@pytest.mark.parametrize("lengths", [[[8]], [[6, 11, 7]], [[7, 9], [6], [13, 6, 8, 3]]], ids=str)
+def test_ring_of_episodes(m, capacity, lengths):
+    """At every row: sampled are all whole episodes and no others. One is forgotten when its first row is overwritten,
+    also in the very step in which another ends."""
+    torch.manual_seed(0)
+    streams, together = Streams(m, capacity, lengths, 5), 0
+    for _ in range(150):
+        before = streams.known
+        streams.add()
+        known = streams.known
+        together += bool(known - before and before - known)
+        assert sorted(streams.replay.episodes) == sorted(known)
+        if known:
+            chosen = streams.sample(20 * len(known))
+            assert {(first, env) for first, _, env in chosen} == {(first, env) for first, _, env in known}
+    assert together or capacity != 23, "an end and a loss in one step"
+
+
+@EPISODES
+def test_short_episodes_are_dropped(m):
+    """An episode of T rows has T - 1 steps: with sequences of 5 the one of 6 rows is the shortest that counts."""
+    streams = Streams(m, 100, [[5, 6, 2, 7, 4]], 5)
+    streams.add(48)
+    assert sorted(streams.replay.episodes) == [(5, 6, 0), (13, 7, 0), (29, 6, 0), (37, 7, 0)]
+    assert {first for first, _, _ in streams.sample(200)} == {5, 13, 29, 37}
+
+
+@EPISODES
+def test_abandoned_episodes_are_never_given(m):
+    """A process that is killed leaves an episode without an end: the next one begins at its own first row."""
+    streams = Streams(m, 100, [[30], [9]], 5)
+    streams.add(12)
+    streams.first, streams.count = [12, 12], [0, 0]  # both start again
+    streams.add(31)
+    assert sorted(streams.replay.episodes) == [(0, 9, 1), (12, 9, 1), (12, 30, 0), (21, 9, 1), (30, 9, 1)]
+    assert {first for first, _, env in streams.sample(200) if env == 0} == {12}
+
+
+@EPISODES
+def test_each_process_resumes_its_own_episodes(m, tmp_path):
+    """The checkpoint is the first process's; the rows of the others lie in their files, as do their episodes' ends."""
+    (tmp_path / "0").mkdir(), (tmp_path / "1").mkdir()
+    first, second = (Streams(m, 30, x, 5, folder=tmp_path / f) for f, x in (("0", [[7, 9]]), ("1", [[8]])))
+    for streams in (first, second):
+        streams.add(50)
+        streams.replay.flush()
+    second.replay = second.make()
+    second.replay.load_state_dict(copy.deepcopy(first.replay.state_dict()))
+    assert first.known != second.known and sorted(second.replay.episodes) == sorted(second.known)
+    for _ in range(40):
+        second.add()
+        assert sorted(second.replay.episodes) == sorted(second.known)
+        second.sample(50)
+
+
+@EPISODES
+@pytest.mark.parametrize("rows, more", [(12, 3), (18, 0), (18, 5), (60, 0), (60, 4), (60, 10), (60, 40)])
+def test_episodes_after_a_kill(m, rows, more, tmp_path):
+    """Rows 0..rows-1 belong to the checkpoint; episodes that a dead process has overwritten in part are left out, the
+    running one goes on."""
+    torch.manual_seed(0)
+    streams = Streams(m, 30, [[7, 9], [8]], 5, folder=tmp_path)
+    streams.add(rows)
+    streams.replay.flush()
+    saved = copy.deepcopy((streams.replay.state_dict(), streams.first, streams.count, streams.whole))
+    streams.add(more)
+    for life in range(3):
+        streams.replay, streams.n = streams.make(), rows
+        state, streams.first, streams.count, streams.whole = copy.deepcopy(saved)
+        streams.replay.load_state_dict(state)
+        left = {episode for episode in streams.known if episode[0] >= rows + more - 30}
+        assert sorted(streams.replay.episodes) == sorted(left)
+        assert not left or {(f, e) for f, _, e in streams.sample(200)} == {(f, e) for f, _, e in left}
+        streams.add(life)
+        more = max(more, life)
+    assert bool(left) == (more < 30), "the case says something"
+    for _ in range(60):
+        streams.add()
+        if streams.n >= rows + more:  # what was lost is past
+            assert sorted(streams.replay.episodes) == sorted(streams.known)
+    assert len(streams.sample(300)) == 300

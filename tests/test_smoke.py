@@ -7,10 +7,13 @@ import warnings
 import pytest
 import tiny
 import torch
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, load
 from PIL import Image
 
-LOSSES = dict(dreamer_v3={"image", "dyn", "rep", "reward", "cont", "policy", "value", "repval"})
+LOSSES = dict(
+    dreamer_v2={"image", "kl", "reward", "discount", "policy", "value"},
+    dreamer_v3={"image", "dyn", "rep", "reward", "cont", "policy", "value", "repval"})
+UPDATES = dict(dreamer_v2=6, dreamer_v3=10)  # of the run below
 CHARTS = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/UPS", "charts/frames"}
 EVAL = {"eval/episodic_return", "eval/episodic_length", "eval/return_std"}
 DREAM = {"dream/image_error_posterior", "dream/image_error_imagined"}
@@ -34,8 +37,8 @@ def test_metrics(smoke):
     assert all(re.match(r"(losses|wm|ac|grad|perf|charts|eval|dream)/\w+$", tag) for tag in scalars)
     assert {tag.split("/")[0] for tag in scalars} >= {"wm", "ac", "grad"}
     assert all(math.isfinite(value) for series in scalars.values() for _, value in series)
-    assert len(scalars["losses/dyn"]) >= 8
-    assert scalars["charts/frames"] == [(step, step) for step, _ in scalars["losses/dyn"]]
+    assert len(scalars["losses/reward"]) >= 8
+    assert scalars["charts/frames"] == [(step, step) for step, _ in scalars["losses/reward"]]
     assert [step for step, _ in scalars["eval/episodic_return"]] == [10, 20, 24]
     assert [step for step, _ in scalars["dream/image_error_imagined"]] == [20, 24]
 
@@ -53,9 +56,9 @@ def test_files(smoke):
     assert {path.name for path in run.iterdir() if "events" not in path.name} >= {
         "args.json", f"{name}.py", "versions.txt", "checkpoint.pt", "checkpoint_prev.pt", "policy.pt", "videos"}
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 24 and checkpoint["updates"] > 8
+    assert checkpoint["step"] == 24 and checkpoint["updates"] == UPDATES[name]
     assert checkpoint["args"] == json.loads((run / "args.json").read_text())
-    assert "auto" not in [checkpoint["args"][field] for field in ("device", "precision", "compile", "size")]
+    assert "auto" not in [checkpoint["args"].get(field) for field in ("device", "precision", "compile", "size")]
 
 
 def test_gifs(smoke):
@@ -85,3 +88,45 @@ def test_same_seed_same_numbers(smoke, tmp_path):
     again, other = (tiny.events(tiny.run(name, tmp_path / str(seed), seed=seed, **PERIODIC))[0] for seed in (1, 2))
     assert numbers(again) == numbers(scalars)
     assert all(other[f"losses/{term}"] != scalars[f"losses/{term}"] for term in LOSSES[name])
+
+
+def watch(m, monkeypatch) -> tuple[list, list]:
+    """Two lists that a run fills: the step of each update, as its entropy schedule tells it, and each policy state."""
+    updates, states, train_step, act = [], [], m.train_step, m.Agent.act
+
+    def counted(agent, optimizer, replay, batch_size, coefs):
+        updates.append(round(float(coefs[0])))
+        return train_step(agent, optimizer, replay, batch_size, coefs)
+
+    monkeypatch.setattr(m, "train_step", counted)
+    monkeypatch.setattr(m.Agent, "act", lambda agent, row, state: states.append(state) or act(agent, row, state))
+    return updates, states
+
+
+every = pytest.mark.parametrize("name", [path.stem for path in SCRIPTS if tiny.has(path.stem, "train_every")])
+
+
+@every
+def test_when_it_learns_and_acts(name, tmp_path, monkeypatch):
+    """1 + pretrain updates at learning_starts, then one every train_every steps; random actions until learning_starts.
+
+    Catch has seven steps: 24 of them, and 4 rows that reset, are 28 rows. The policy acts on those after step 8."""
+    updates, states = watch(load(name), monkeypatch)
+    flags = dict(eval_episodes=0, ent_coef="linear(0,1000,1000)", pretrain=3)
+    run = tiny.run(name, tmp_path / "run", **flags)
+    assert updates == [8, 8, 8, 8, 12, 16, 20, 24] and len(states) == 24 - 8 + 2
+    assert states[0]["action"].sum() == 1 and not states[0]["deter"].any(), "memory begins where the policy takes over"
+    assert all(state["deter"].any() and state["stoch"].sum() == 4 for state in states[1:]), "and is handed on"
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["updates"] == 8
+    assert tiny.events(run)[0]["ac/ent_coef"][-1] == (24, 24), "schedules run over policy steps"
+
+
+@every
+def test_learning_waits_for_a_whole_episode(name, tmp_path, monkeypatch):
+    """Three environments of seven steps: the first update after 21 steps, whatever learning_starts says, and random
+    actions until then, on the first 8 of 19 rows."""
+    updates, states = watch(load(name), monkeypatch)
+    flags = dict(eval_episodes=0, ent_coef="linear(0,1000,1000)", learning_starts=3, total_timesteps=48, num_envs=3)
+    tiny.run(name, tmp_path / "run", **flags)
+    assert updates == [21, 21, 27, 30, 33, 39, 42, 45], "what is left of four steps is carried"
+    assert len(states) == 19 - 8

@@ -1,25 +1,39 @@
 """The smallest useful run of each script: its flags, the run itself in this process, and what it wrote."""
 import signal
+from dataclasses import fields
 from pathlib import Path
 
-import envs  # noqa: F401  registers the toy environments
+import envs  # registers the toy environments
+import gymnasium
 from conftest import load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COMMON = dict(env_id="envs:Catch-v0", device="cpu", total_timesteps=24, eval_episodes=1, log_every=1)
 SMALL = {
+    "dreamer_v2": dict(deter=16, hidden=16, stoch=4, classes=4, cnn_depth=2, layers=1, units=16, batch_size=2,
+                       batch_length=6, imag_horizon=5, learning_starts=8, train_every=4, eval_every=0),
     "dreamer_v3": dict(size="size1m", image_size=16, batch_size=2, batch_length=8, learning_starts=16, train_ratio=16),
 }
+# whose replay keeps with an observation the action that led to it; for the others, the one that was chosen on it
+ARRIVAL = {"dreamer_v1", "dreamer_v2"}
+
+gymnasium.register("ScriptedImage-v0", entry_point=envs.Scripted, kwargs=dict(image=True))
+
+
+def has(name: str, *names: str) -> bool:
+    """Whether the script has all these flags."""
+    return {field.name for field in fields(load(name).Args)} >= set(names)
+
+
+def flag(field: str, value) -> str:
+    """--field=value; booleans become --field or --no-field."""
+    word = field.replace("_", "-")
+    return f"--{word}={value}" if not isinstance(value, bool) else f"--{word}" if value else f"--no-{word}"
 
 
 def flags(name: str, folder: Path, **changes) -> list[str]:
-    """The command line of a tiny run that writes below `folder`; booleans become --flag or --no-flag."""
-    values = {**COMMON, **SMALL[name], "run_dir": folder, **changes}
-
-    def word(key: str, value) -> str:
-        return f"--{key}={value}" if not isinstance(value, bool) else f"--{key}" if value else f"--no-{key}"
-
-    return [word(key.replace("_", "-"), value) for key, value in values.items()]
+    """The command line of a tiny run that writes below `folder`."""
+    return [flag(*pair) for pair in {**COMMON, **SMALL[name], "run_dir": folder, **changes}.items()]
 
 
 def run(name: str, folder: Path, **changes) -> Path:
@@ -40,3 +54,14 @@ def events(run_dir: Path) -> tuple[dict[str, list[tuple[int, float]]], set[str]]
     log = EventAccumulator(str(run_dir), size_guidance=dict(scalars=0, images=0)).Reload()
     scalars = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
     return scalars, set(log.Tags()["images"])
+
+
+# ---- an agent alone, for the scripts that learn from 64x64 images only ----
+
+IMAGE = {"image": (64, 64, 3)}
+
+
+def agent(m, discrete: bool = True, **changes):
+    """A tiny agent of module `m` for 3 actions, or actions of 3 dimensions; weights from torch's present seed."""
+    small = {k: v for k, v in SMALL[Path(m.__file__).stem].items() if k != "learning_starts"}
+    return m.Agent(IMAGE, 3, discrete, m.Args(**{**small, "precision": "fp32", "imag_horizon": 4, **changes}))

@@ -1,0 +1,1698 @@
+"""DreamerV2 in one file: learns a world model with discrete latents from pixels, and a policy inside its dreams.
+
+Paper    Hafner et al., "Mastering Atari with Discrete World Models", ICLR 2021, arXiv:2010.02193v4
+Code     compared number by number with danijar/dreamerv2 at commit 07d906e; parameter counts are equal
+
+Run      python dreamer_v2.py --env-id ALE/Pong-v5                      released Atari settings: gray, sticky actions
+         python dreamer_v2.py --preset tiny                             every phase in two minutes on a CPU
+         python dreamer_v2.py --preset paper --env-id ALE/Breakout-v5   Table D.1 of the paper where the code differs
+         python dreamer_v2.py --preset dmc --env-id dm_control/walker-walk-v0     control from pixels (MUJOCO_GL=egl)
+         python dreamer_v2.py --resume auto                             go on after Ctrl-C, SIGTERM or a crash
+         python dreamer_v2.py --eval-only --checkpoint runs/NAME        play with a trained policy
+
+Index    One replay row t holds what arrived together:
+
+            action_t -> obs_t  reward_t  is_first_t  is_last_t  is_terminal_t
+            action_t is the one that led to obs_t (a_{t-1} in the paper); it is zero where is_first_t
+
+         A training sequence is T rows of one episode. Its row 0 counts as is_first, so memory begins with zeros:
+            h_t = f(h_{t-1}, z_{t-1}, action_t)       z_t ~ q(z_t | h_t, obs_t)       h, z, action zeroed at is_first_t
+         In a dream, s_0 is a replayed state; reward and discount belong to the state itself:
+            s_0 -a_1-> s_1 -a_2-> ... s_H             V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H
+         a_{t+1}, chosen in s_t, gets V_{t+1}: r_t came before it. Hence H-1 actor terms and H critic terms.
+
+Symbols  paper  code          shape                |  paper  code       shape
+         x_t    obs           (T,B,Y,X,C)          |  a_t    action     (T,B,A)  one-hot, or in [-1, 1]
+         h_t    deter         (T,B,D)              |  r_t    reward     (T,B)
+         z_t    stoch         (T,B,S*K) one-hot    |  g_t    discount   (H+1,N)  gamma * p(going on)
+         s_t    feat = [h,z]  (T,B,F)              |  v_t    slow_value (H+1,N)  target critic
+         q, p   post_logits, prior_logits (T,B,S,K)|  V_t    target     (H,N)
+         T time, B batch, H imagination, N rollouts = T*B (environments in section 4), S groups of K classes.
+         Time is always the first axis. Some texts write s_t for the latent; here it is the pair {h_t, z_t}.
+         The six parts: recurrent, representation and transition model (RSSM: z is S one-hot categoricals), image and
+         reward predictor (Gaussians of variance 1, as the critic), discount predictor (Bernoulli with a soft label).
+         rho = 1 is Reinforce (the default for discrete actions), rho = 0 dynamics back-propagation (continuous).
+
+Delta    the first of the chain in this collection, so there is no delta list.
+
+Differences from the official code, each on purpose:
+         - float32 or bfloat16 instead of float16 with a loss scale;
+         - feat is [h, z] (official [z, h]): the same networks with their input columns in another order;
+         - no-ops at reset are 0..29 (official 1..30), drawn by ale-py;
+         - --preset paper resizes 210x160 to 64x64 at once (paper: over 84x84), as the released code does;
+         - the environment is not reset between the random actions and the policy; the first training makes 1 + pretrain
+           updates (official: one more, to build the networks);
+         - replay counts rows, resetting rows included, and drops an episode when its first row is overwritten;
+         - logged losses are those of the last update; --preset paper keeps --discount-scale 5 (not in the paper).
+SPDX-License-Identifier: MIT
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "ale-py>=0.12.1", "tyro>=1.0", "tensorboard>=2.16", "tqdm>=4.60"]
+# ///
+from __future__ import annotations
+
+import ctypes
+import errno
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import ale_py  # noqa: F401  registers the ALE/ ids
+import gymnasium
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import Summary
+from tqdm import tqdm
+
+# ======== 2. arguments ========
+
+
+@dataclass
+class Args:
+    """DreamerV2: world model, imagination and actor-critic in one file. Counts accept 1_000_000 and 1e6."""
+
+    exp_name: str = "dreamer_v2"
+    """second part of the run directory's name"""
+    env_id: str = "ALE/Pong-v5"
+    """any Gymnasium id, also module:Env-v0; what is not one image is rendered"""
+    seed: int = 1
+    """seed of weights, environments and sampling"""
+    preset: Literal["default", "tiny", "paper", "dmc"] = "default"
+    """values for the flags left alone; default: released Atari; paper: Table D.1; dmc: released control from pixels"""
+    total_timesteps: int = 50_000_000
+    """policy steps over all environments; frames = steps x action repeat (official: 200M frames)"""
+    num_envs: int = 1
+    """parallel environments (official: 1)"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """computation (weights stay fp32); auto: bf16 on CUDA (official: float16), else fp32"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the steps and the large regions; auto: on CUDA only"""
+    run_dir: str = "runs"
+    """where run directories go"""
+    resume: str = ""
+    """run directory to continue, or auto: the newest one of this environment, name and seed"""
+    save_every: int = 10_000
+    """policy steps between checkpoints"""
+    eval_every: int = 250_000
+    """policy steps between evaluations (official); 0: one at the end"""
+    eval_episodes: int = 10
+    """episodes per evaluation (official: 1)"""
+    eval_only: bool = False
+    """evaluate --checkpoint and stop"""
+    checkpoint: str = ""
+    """policy.pt or run directory for --eval-only"""
+    video_every: int = 50_000
+    """policy steps between open-loop videos; 0: one at the end"""
+    log_every: int = 1_000
+    """policy steps between metric logs"""
+
+    grayscale: bool = True
+    """Atari in gray (official)"""
+    action_repeat: int | None = None
+    """environment steps per policy step; None: 4 on Atari, 1 elsewhere (official; 2 for control)"""
+    sticky_actions: float = 0.25
+    """Atari: probability that a frame repeats the last action (official)"""
+    full_action_space: bool = False
+    """Atari: all 18 actions (paper)"""
+    reward_transform: Literal["tanh", "identity"] = "tanh"
+    """applied to replayed rewards, never to logged returns (official: tanh on Atari, identity for control)"""
+
+    buffer_size: int = 2_000_000
+    """replay rows over all environments (official); no more than total_timesteps are allocated, also after a resume"""
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where replay lives; auto: GPU memory if it fits in half of what is free, else memory-mapped files"""
+    learning_starts: int = 50_000
+    """policy steps with uniformly random actions before the first update (official)"""
+    pretrain: int = 1
+    """additional updates at the first one (official)"""
+    batch_size: int = 16
+    """sequences per update, B (official; paper: 50)"""
+    batch_length: int = 50
+    """steps per sequence, T (official); episodes with fewer steps are never replayed"""
+    prioritize_ends: bool = True
+    """replay the ends of episodes more often (official on Atari)"""
+    train_every: int = 16
+    """policy steps per update (official; paper: 4)"""
+
+    stoch: int = 32
+    """groups of latents, S (official)"""
+    classes: int = 32
+    """classes per group, K (official)"""
+    deter: int = 600
+    """width of h (official Atari)"""
+    hidden: int = 600
+    """width of the RSSM's hidden layers (official Atari)"""
+    cnn_depth: int = 48
+    """channels of the first convolution; doubled by each further one (official)"""
+    layers: int = 4
+    """hidden layers of each head, actor and critic (official)"""
+    units: int = 400
+    """width of those layers (official)"""
+    kl_scale: float = 0.1
+    """weight of the KL, beta (official Atari; paper's tuning range 0.1, 0.3, 1, 3)"""
+    kl_balance: float = 0.8
+    """share of the KL's gradient that trains the prior, alpha (official); 0.5: one KL without balancing"""
+    free_nats: float = 0.0
+    """KL, mean of the batch, below which it is not trained (official: 0 on Atari, 1 for control)"""
+    pred_discount: bool = True
+    """predict episode ends, else the discount is always gamma (official on Atari)"""
+    discount_scale: float = 5.0
+    """weight of the discount loss (official Atari)"""
+    imag_horizon: int = 15
+    """imagined steps, H (official)"""
+    gamma: float = 0.999
+    """discount (official Atari; paper: 0.995; its tuning range 0.99, 0.999)"""
+    lam: float = 0.95
+    """lambda of the returns (official)"""
+    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"
+    """gradient of the actor; auto: reinforce for discrete, dynamics for continuous actions (official)"""
+    rho: str = "0.9"
+    """share of Reinforce with --actor-grad both (official: 1 - actor_grad_mix); may be a schedule"""
+    ent_coef: str = "1e-3"
+    """entropy bonus (official Atari; range 3e-5 to 1e-3); or linear(a,b,n) warmup(n,a) exp(a,b,n) horizon(a,b,n)"""
+    exact_trunc_grad: bool = False
+    """continuous actions: exact gradient of the truncated normal's sample instead of TensorFlow's (ours)"""
+    slow_rate: float = 1.0
+    """step of the slow critic towards the critic (official)"""
+    slow_every: int = 100
+    """updates between such steps; the first comes after the first update (official)"""
+    model_lr: float = 2e-4
+    """learning rate of the world model (official Atari)"""
+    actor_lr: float = 4e-5
+    """learning rate of the actor (official Atari)"""
+    critic_lr: float = 1e-4
+    """learning rate of the critic (official Atari)"""
+    adam_eps: float = 1e-5
+    """Adam's epsilon in Keras' form (official)"""
+    weight_decay: float = 1e-6
+    """share of every weight that an update takes away, whatever the learning rate (official)"""
+    grad_clip: float = 100.0
+    """gradient norm allowed per optimiser (official)"""
+
+
+PRESETS = dict(
+    default={},
+    tiny=dict(deter=64, hidden=64, stoch=8, classes=8, cnn_depth=8, layers=2, units=64, total_timesteps=2_000,
+              learning_starts=1_000, batch_size=8, batch_length=16, train_every=8, model_lr=1e-3, actor_lr=3e-4,
+              critic_lr=3e-4, save_every=1_000, eval_every=0, video_every=0, log_every=100, eval_episodes=1),
+    paper=dict(full_action_space=True, gamma=0.995, batch_size=50, train_every=4),
+    dmc=dict(action_repeat=2, reward_transform="identity", grayscale=False, sticky_actions=0.0, eval_every=10_000,
+             total_timesteps=1_000_000, learning_starts=1_000, pretrain=100, train_every=5, prioritize_ends=False,
+             deter=200, hidden=200, kl_scale=1.0, free_nats=1.0, pred_discount=False, gamma=0.99, ent_coef="1e-4",
+             model_lr=3e-4, actor_lr=8e-5, critic_lr=8e-5),
+)
+
+
+# ==== shared: seeding and device ====
+def fail(message: str):
+    """For everything the user can mend: one clear line on stderr, exit status 2, no traceback."""
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own beside a progress bar
+    raise SystemExit(2)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The torch device for --device; naming an absent one is an error."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("cpu, cuda and mps are supported")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} is not usable here ({str(error).splitlines()[0]}); try --device auto")
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc: keep freed memory (no mmap, no trim); page faults on what was given back cost 8 % of an update
+        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    return device
+
+
+def autocast(args, device: torch.device):
+    """bf16 for matrix products and convolutions where --precision says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Norms, softmaxes, losses and returns run in float32 also under bf16; float64 stays (tests)."""
+    return x if x.dtype == torch.float64 else x.float()
+# ==== end shared ====
+
+
+# ======== 3. pure functions ========
+
+
+# ==== shared: categorical latents ====
+def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of log-probabilities (...,K), (...)."""
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def sample_onehot(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """One-hot sample of probs (...,K), straight-through: its value is exactly one-hot, its gradient that of probs.
+
+    argmax(p / e) with e ~ Exp(1) is an exact categorical draw (exponential race); the noise carries no gradient."""
+    index = (probs.detach() / noise).argmax(-1, keepdim=True)
+    onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
+    return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
+
+
+def categorical_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats, (...), of log-probabilities (...,S,K): summed over the groups S, which are independent."""
+    return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
+# ==== end shared ====
+
+
+def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, balance: float, free_nats: float) -> tuple:
+    """(1-a) max(free, mean KL(q || sg p)) + a max(free, mean KL(sg q || p)), a scalar, and the KL (T,B). Algorithm 2.
+
+    The stop-gradients let the first term train only the posterior, the second only the prior, faster: a = 0.8. The mean
+    over the whole batch (all ranks) is compared with the free nats. a = 0.5 is the plain KL with its full gradient,
+    each state compared on its own (official)."""
+    post, prior = (at_least_float32(logits).log_softmax(-1) for logits in (post_logits, prior_logits))
+    if balance == 0.5:
+        kl = categorical_kl(post, prior)
+        return kl.clamp(min=free_nats).mean(), kl.detach()
+    rep, dyn = categorical_kl(post, prior.detach()), categorical_kl(post.detach(), prior)
+    trained = gather_ranks(dyn.detach().mean()[None]).mean() >= free_nats
+    rep_loss, dyn_loss = (torch.where(trained, kl.mean(), free_nats) for kl in (rep, dyn))
+    return (1 - balance) * rep_loss + balance * dyn_loss, dyn.detach()
+
+
+def lambda_return(reward: torch.Tensor, value: torch.Tensor, discount: torch.Tensor, lam: float) -> torch.Tensor:
+    """V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H. Eq. 4 (arXiv:2010.02193v4).
+
+    Inputs (H+1,...), time first, result (H,...). Reward and discount are those of the state itself, index t. The paper
+    prints V_H = r_H + d_H v_H, which counts r_H twice. Source: `common.lambda_return`, `ActorCritic.target`."""
+    step = reward[:-1] + discount[:-1] * (1 - lam) * value[1:]
+    decay = discount[:-1] * lam
+    ret, rets = value[-1], []
+    for r, d in zip(reversed(step.unbind(0)), reversed(decay.unbind(0))):
+        ret = torch.addcmul(r, d, ret)
+        rets.append(ret)
+    return torch.stack(rets[::-1])
+
+
+def normal_nll(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """-ln N(target; mean, 1), element by element: half the squared error and a constant."""
+    return 0.5 * (at_least_float32(mean) - target).square() + 0.5 * math.log(2 * math.pi)
+
+
+def schedule(text: str, step: int) -> float:
+    """A number, or a schedule over policy steps: linear(from,to,steps), warmup(steps,value), exp(from,to,half-life),
+    horizon(from,to,steps), a discount with linear horizon. ValueError for anything else. Source: `common.schedule`."""
+    match = re.fullmatch(r"(linear|warmup|exp|horizon)\((.*)\)", text)
+    if not match:
+        return float(text)
+    kind, values = match[1], [float(value) for value in match[2].split(",")]
+    if kind == "warmup":
+        steps, final = values
+        return min(step / steps, 1) * final
+    initial, final, steps = values
+    if kind == "exp":
+        return (initial - final) * 0.5 ** (step / steps) + final
+    mix = min(step / steps, 1)
+    linear = (1 - mix) * initial + mix * final
+    return linear if kind == "linear" else 1 - 1 / linear
+
+
+class Categorical:
+    """Discrete policy over logits (...,A) with one-hot actions. Source: `common.OneHotDist`."""
+
+    def __init__(self, logits: torch.Tensor):
+        self.log_probs = at_least_float32(logits).log_softmax(-1)
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        return sample_onehot(self.log_probs.exp(), noise)
+
+    def mode(self) -> torch.Tensor:
+        return F.one_hot(self.log_probs.argmax(-1), self.log_probs.shape[-1]).to(self.log_probs)
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        return (self.log_probs * action).sum(-1)
+
+    def entropy(self) -> torch.Tensor:
+        return entropy(self.log_probs)
+
+
+class TruncatedNormal:
+    """Continuous policy: Normal(tanh m, 2 sigmoid(s / 2) + 0.1) cut to [-1, 1], over raw = [m, s] (...,2A).
+
+    Its mode is the mean of the uncut one. Source: `common.TruncNormalDist`, `DistLayer`, TensorFlow Probability."""
+
+    def __init__(self, raw: torch.Tensor, exact_grad: bool):
+        mean, std = at_least_float32(raw).chunk(2, -1)
+        self.mean, self.std, self.exact_grad = mean.tanh(), 2 * (std / 2).sigmoid() + 0.1, exact_grad
+        self.low, self.high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
+        self.mass = torch.special.ndtr(self.high) - torch.special.ndtr(self.low)
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        """By inverse CDF from uniform noise. Trap: TensorFlow drops how the cut moves with mean and std, its gradient
+        is 1 and (x - mean) / std; differentiating the inverse CDF (`exact_grad`) trains another actor."""
+        unit = torch.special.ndtri(torch.special.ndtr(self.low) + noise * self.mass)
+        x = self.mean + self.std * (unit if self.exact_grad else unit.detach())
+        return x + (x.clamp(-1 + 1e-6, 1 - 1e-6) - x).detach()  # the clip passes the gradient on
+
+    def mode(self) -> torch.Tensor:
+        return self.mean
+
+    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+        unit = (action - self.mean) / self.std
+        return (-normal_nll(unit, 0.0) - self.std.log() - self.mass.log()).sum(-1)
+
+    def entropy(self) -> torch.Tensor:
+        low, high = (x * (-normal_nll(x, 0.0)).exp() for x in (self.low, self.high))
+        constant = 0.5 * math.log(2 * math.pi * math.e)
+        return (constant + (self.std * self.mass).log() + (low - high) / (2 * self.mass)).sum(-1)
+
+
+# ======== 4. environment ========
+
+
+# ==== shared: image resize ====
+def resize_bilinear(frames: np.ndarray, size: int) -> np.ndarray:
+    """(N,Y,X,C) uint8 -> (N,size,size,C), antialiased: Pillow's BILINEAR (official: V1, V3, IRIS) to one gray level."""
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
+
+
+def area_weights(source: int, target: int) -> np.ndarray:
+    """(target, source) weights of an exact area average: the overlap of target cells with source pixels."""
+    edges, pixels = np.arange(target + 1)[:, None] * source / target, np.arange(source)
+    overlap = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
+    return overlap.clip(0) * target / source
+
+
+def resize_area(frames: np.ndarray, size: int) -> np.ndarray:
+    """(N,Y,X,C) uint8 -> (N,size,size,C) by area average, as OpenCV's INTER_AREA."""
+    if frames.shape[1:3] == (size, size):
+        return frames
+    rows, cols = area_weights(frames.shape[1], size), area_weights(frames.shape[2], size)
+    return np.rint(np.einsum("yh,nhwc,xw->nyxc", rows, frames, cols, optimize=True)).astype(np.uint8)
+# ==== end shared ====
+
+
+# ==== shared: atari environment ====
+class AtariEnvs:
+    """`num_envs` games in ale-py's native vector environment; a row of arrays (N,...) per step.
+
+    `resize`: "bilinear" (from 210x160) or "area" (native). `life_loss`: a lost life sets is_terminal, the game goes on.
+    NEXT_STEP: the step after an episode's end ignores its action and returns the next episode's first observation, so
+    is_first_{t+1} = is_last_t. Rewards are raw. The last frame of a game often repeats the one before (emulator)."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, size: int, resize: str, grayscale: bool,
+                 action_repeat: int, sticky_actions: float, full_action_space: bool, life_loss: bool = False):
+        self.native = resize == "area"
+        self.envs = gymnasium.make_vec(
+            env_id, num_envs=num_envs, img_height=size if self.native else 210, img_width=size if self.native else 160,
+            grayscale=grayscale and self.native, stack_num=1, frameskip=action_repeat, maxpool=True, noop_max=30,
+            use_fire_reset=False, reward_clipping=False, episodic_life=False, life_loss_info=life_loss,
+            repeat_action_probability=sticky_actions, full_action_space=full_action_space,
+            max_num_frames_per_episode=108_000, autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP)
+        self.num_envs, self.seed, self.size, self.grayscale, self.life_loss = num_envs, seed, size, grayscale, life_loss
+        self.action_dim, self.discrete = int(self.envs.single_action_space.n), True
+        self.shapes = {"image": (size, size, 1 if grayscale else 3)}
+
+    def reset(self) -> dict[str, np.ndarray]:
+        frames, _ = self.envs.reset(seed=self.seed)
+        self.over = zeros = np.zeros(self.num_envs, bool)
+        return self._row(frames, zeros, zeros, zeros, ~zeros)
+
+    def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
+        """One policy step; `action` (N,A) one-hot. Trap: ale-py hangs for ever on an action out of range, so argmax."""
+        frames, reward, terminated, truncated, info = self.envs.step(action.argmax(-1))
+        first, self.over = self.over, truncated | (terminated & (info["lives"] == 0) if self.life_loss else terminated)
+        return self._row(frames, reward, terminated, self.over, first)
+
+    def _row(self, frames, reward, terminated, over, first):
+        image = frames[:, 0] if frames.ndim == 5 else frames[:, 0, ..., None]
+        if not self.native:
+            image = resize_bilinear(image, self.size)
+            if self.grayscale:  # after max and resize, truncated to uint8 as `embodied.envs.atari` does
+                image = (image * np.array([0.299, 0.587, 1 - (0.299 + 0.587)])).sum(-1, keepdims=True).astype(np.uint8)
+        return dict(image=image, reward=reward.astype(np.float32), is_first=first, is_last=over | terminated,
+                    is_terminal=terminated)
+# ==== end shared ====
+
+
+# ==== shared: generic environment ====
+class ActionRepeat(gymnasium.Wrapper):
+    """Repeats each action, sums the rewards, stops at the episode's end."""
+
+    def __init__(self, env, repeat: int):
+        super().__init__(env)
+        self.repeat = repeat
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(self.repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+class GymEnvs:
+    """`num_envs` copies of any Gymnasium environment; the same rows as AtariEnvs. Edit here for anything unusual.
+
+    Observations: uint8 (Y,X,C) images, other Boxes as float32 vectors, Dicts of both (images are stacked by channel).
+    Actions: Discrete, or Box: clipped to [-1, 1], then mapped to the bounds where they are finite.
+    `pixels`: learn from the rendered image instead; None: do so unless the observation is one image."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, size: int, action_repeat: int, pixels: bool | None):
+        control = env_id.startswith("dm_control/")
+        if control:
+            try:
+                import shimmy  # noqa: F401  registers the ids
+            except ImportError:
+                fail(f'{env_id} needs another package: pip install "shimmy[dm-control]" "mujoco<4"')
+        if pixels is None:
+            with gymnasium.make(env_id) as probe:
+                pixels = len(getattr(probe.observation_space, "shape", None) or ()) != 3
+        render = dict(render_mode="rgb_array") if pixels else {}
+        if control and pixels:  # as the official code: small images, the camera that follows
+            camera = 2 if "quadruped" in env_id else 0
+            render["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
+        wrappers = [partial(ActionRepeat, repeat=action_repeat)] if action_repeat > 1 else []
+        wrappers += [gymnasium.wrappers.AddRenderObservation] if pixels else []
+        try:
+            self.envs = gymnasium.make_vec(
+                env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=wrappers, **render,
+                vector_kwargs=dict(autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP))
+        except TypeError as error:
+            fail(f"{env_id} cannot be made{' with images' * bool(pixels)} ({error}); dreamer_v3.py learns from vectors")
+        self.num_envs, self.seed, self.size, self.act = num_envs, seed, size, self.envs.single_action_space
+        space = self.envs.single_observation_space
+        spaces = dict(space) if isinstance(space, gymnasium.spaces.Dict) else {"obs": space}
+        reserved = "action reward cont is_first is_last is_terminal deter stoch dyn rep policy value repval".split()
+        for key, entry in spaces.items():
+            image, box = len(entry.shape or ()) == 3, isinstance(entry, gymnasium.spaces.Box)
+            if not box or image != (entry.dtype == np.uint8) or image and entry.shape[0] < 5:
+                fail(f"{env_id}: observation {key!r} is {entry}; supported are uint8 (Y,X,C) images, Box vectors and "
+                     "Dicts of them (gymnasium.wrappers.FlattenObservation may help, or edit GymEnvs in section 4)")
+            if key in reserved or not key.isidentifier() or hasattr(nn.ModuleDict, key) or key == "image" and not image:
+                fail(f"{env_id}: observation {key!r} needs another name, this one has a meaning in the script")
+        self.images = sorted(k for k, s in spaces.items() if len(s.shape) == 3)
+        self.vectors = sorted(k for k in spaces if k not in self.images)
+        self.shapes = {k: (math.prod(spaces[k].shape),) for k in self.vectors}
+        if self.images:
+            self.shapes["image"] = (size, size, sum(spaces[k].shape[-1] for k in self.images))
+        self.discrete = isinstance(self.act, gymnasium.spaces.Discrete)
+        if not self.discrete and not isinstance(self.act, gymnasium.spaces.Box):
+            fail(f"{env_id}: action space {self.act} is not supported; Discrete and Box are")
+        self.action_dim = int(self.act.n) if self.discrete else math.prod(self.act.shape)
+
+    def reset(self) -> dict[str, np.ndarray]:
+        obs, _ = self.envs.reset(seed=self.seed)
+        self.over = zeros = np.zeros(self.num_envs, bool)
+        return self._row(obs, zeros, zeros, zeros, ~zeros)
+
+    def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
+        """One policy step; `action` (N,A) one-hot, or raw continuous."""
+        if self.discrete:
+            native = action.argmax(-1) + self.act.start
+        else:
+            finite = self.act.bounded_below & self.act.bounded_above
+            unit = action.reshape(-1, *self.act.shape).clip(-1, 1)
+            low, high = np.where(finite, self.act.low, -1), np.where(finite, self.act.high, 1)
+            native = (low + (unit + 1) / 2 * (high - low)).clip(self.act.low, self.act.high).astype(self.act.dtype)
+        obs, reward, terminated, truncated, _ = self.envs.step(native)
+        first, self.over = self.over, terminated | truncated
+        return self._row(obs, reward, terminated, self.over, first)
+
+    def _row(self, obs, reward, terminated, over, first):
+        obs = obs if isinstance(obs, dict) else {"obs": obs}
+        row = {k: np.asarray(obs[k], np.float32).reshape(self.num_envs, -1) for k in self.vectors}
+        if self.images:
+            row["image"] = np.concatenate([resize_area(obs[k], self.size) for k in self.images], -1)
+        return dict(row, reward=reward.astype(np.float32), is_first=first, is_last=over, is_terminal=terminated)
+# ==== end shared ====
+
+
+def make_envs(args: Args, num_envs: int, seed: int) -> AtariEnvs | GymEnvs:
+    """The one place that knows which environment it is: anything with `reset`, `step`, `shapes`, `action_dim`,
+    `discrete` and `seed` as in GymEnvs will do. An unknown id or a missing package: one line, exit status 2."""
+    try:
+        if args.env_id.startswith("ALE/"):
+            return AtariEnvs(args.env_id, num_envs, seed, 64, "area", args.grayscale,
+                             args.action_repeat, args.sticky_actions, args.full_action_space)
+        return GymEnvs(args.env_id, num_envs, seed, 64, args.action_repeat, pixels=None)
+    except (gymnasium.error.Error, ImportError, AssertionError) as error:
+        fail(f"--env-id {args.env_id}: {str(error).splitlines()[0]}")
+
+
+# ======== 5. replay ========
+
+
+# ==== shared: replay storage ====
+class Storage:
+    """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...) by field name.
+
+    `specs`: name -> (shape, dtype). On a CPU the tensors are memory-mapped .npy files in `folder`: they take no RAM of
+    their own and survive a kill. On a GPU they are device tensors that `flush` copies to such files. Without a folder
+    they live in memory only. `rows` counts all rows ever added; the newest `size` of them are valid."""
+
+    def __init__(self, specs: dict, capacity: int, num_envs: int, device: torch.device, folder: Path | None):
+        self.capacity, self.num_envs, self.device, self.folder = capacity, num_envs, device, folder
+        self.rows = self.size = self.flushed = 0
+        self.files, self.data = {}, {}
+        for name, (shape, dtype) in specs.items():
+            full, stored = (capacity, num_envs, *shape), torch.int16 if dtype == torch.bfloat16 else dtype
+            if folder:
+                self.files[name] = self._map(name, full, torch.empty(0, dtype=stored).numpy().dtype)
+            mapped = folder and device.type == "cpu"
+            self.data[name] = (torch.from_numpy(self.files[name]).view(dtype) if mapped else
+                               torch.zeros(full, dtype=dtype, device=device))
+        # rows that the files may hold, written ahead of the data: after a kill it tells which old rows were overwritten
+        self.written = self._map("rows", (1,), np.dtype(np.int64)) if folder else np.zeros(1, np.int64)
+
+    def _map(self, name: str, shape: tuple, dtype: np.dtype) -> np.memmap:
+        """Memory-map a file, made with all its disk space if missing: a full disk is an OSError now, no crash later."""
+        path = self.folder / f"{name}.npy"
+        if not path.exists():
+            array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            if hasattr(os, "posix_fallocate"):
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+        try:
+            array = np.lib.format.open_memmap(path, mode="r+")
+        except ValueError as error:
+            fail(f"{path} is damaged ({error})")
+        if array.shape != shape:
+            fail(f"{path} holds {array.shape}, not {shape}: resume with as many processes as before")
+        return array
+
+    def add(self, row: dict) -> None:
+        """Append one row: arrays or tensors (num_envs,...) for every field."""
+        self.written[0] = max(self.written[0], self.rows + 1)
+        for name, tensor in self.data.items():
+            tensor[self.rows % self.capacity].copy_(torch.as_tensor(row[name]))
+        self.rows, self.size = self.rows + 1, min(self.size + 1, self.capacity)
+
+    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
+        """Row numbers and streams (T,B) -> fields (T,B,...), and their flat positions for `write`."""
+        index = rows % self.capacity * self.num_envs + envs
+        return {k: v.flatten(0, 1)[index] for k, v in self.data.items()}, index
+
+    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
+        """Overwrite fields at positions that `gather` returned."""
+        for name, value in values.items():
+            field = self.data[name].flatten(0, 1)  # trap: must be a view; writing to an indexed copy is lost
+            field.index_copy_(0, index.flatten(), value.flatten(0, index.dim() - 1).to(field))
+
+    def flush(self) -> None:
+        """Bring the files up to date, so that a checkpoint may count on all rows."""
+        if self.device.type != "cpu":
+            new = np.arange(max(self.flushed, self.rows - self.size), self.rows) % self.capacity
+            for name, array in self.files.items():
+                value = self.data[name][torch.from_numpy(new).to(self.device)].cpu()
+                array[new] = (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+        for array in self.files.values():
+            array.flush()
+        self.flushed = self.rows
+
+    def state_dict(self) -> dict:
+        return dict(rows=self.rows, size=self.size)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue at a checkpoint, without the old rows that were overwritten after it was made."""
+        self.rows = self.flushed = state["rows"]
+        self.written[0] = min(self.written[0], self.rows + self.capacity)
+        self.size = self.rows - max(self.rows - state["size"], int(self.written[0]) - self.capacity)
+        if self.device.type != "cpu":
+            for name, array in self.files.items():
+                self.data[name].copy_(torch.from_numpy(array).view(self.data[name].dtype))
+
+
+def replay_device(specs: dict, rows: int, args, device: torch.device) -> torch.device:
+    """Where replay goes: the GPU if it fits in half of the free memory, else files. Says its size, checks the disk."""
+    row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+    need, folder = row * rows, Path(args.run_dir).absolute()
+    fits = device.type == "cuda" and need <= torch.cuda.mem_get_info(device)[0] / 2
+    if args.buffer_device == "cuda" and not fits:
+        fail(f"replay needs {need / 2**30:.1f} GiB, over half of the free GPU memory; lower --buffer-size")
+    device = device if fits and args.buffer_device != "cpu" else torch.device("cpu")
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if need > free and not args.resume:
+        fail(f"replay needs {need / 2**30:.2f} GiB but the disk has {free / 2**30:.2f} GiB free: lower it with "
+             f"--buffer-size {int(0.9 * free / row)} or set --run-dir to another disk")
+    print(f"replay: {rows:,} rows x {row:,} bytes = {need / 2**30:.2f} GiB, {device.type}")
+    return device
+# ==== end shared ====
+
+
+class EpisodeReplay(Storage):
+    """Chunks of finished episodes: an episode uniformly, so steps of short ones come more often, then a start in it.
+    Source: `common/replay.py`.
+
+    With `prioritize_ends` the start is min(randint(T - L + 1 + L), T - L): the last chunk of an episode of T rows has
+    probability (L + 1) / (T + 1). Episodes with fewer than `length` steps, or more than fit, are `unusable`."""
+
+    def __init__(self, *args, length: int, prioritize_ends: bool):
+        super().__init__(*args)
+        self.length, self.prioritize_ends = length, prioritize_ends
+        self.begun, self.unusable = [0] * self.num_envs, 0
+        self.episodes, self.oldest = [], math.inf  # (first row, rows, environment); the smallest first row
+        most = self.capacity // (length + 1) * self.num_envs
+        self.table = torch.zeros(most, 3, dtype=torch.long, device=self.device)  # the same, where sampling happens
+        self.count = torch.zeros((), dtype=torch.long, device=self.device)
+
+    def add(self, row: dict) -> None:
+        super().add(row)
+        before = len(self.episodes)
+        self.track(self.rows - 1, row["is_first"], row["is_last"])
+        if len(self.episodes) > before or self.oldest < self.rows - self.size:
+            self.refresh()
+
+    def track(self, number: int, is_first, is_last) -> None:
+        """Note where episodes begin and end, by the flags (N,) of row `number`."""
+        for env in range(self.num_envs):
+            self.begun[env] = number if is_first[env] else self.begun[env]
+            if is_last[env]:
+                rows = number - self.begun[env] + 1
+                usable = self.length < rows <= self.size
+                self.unusable += not usable
+                self.episodes += [(self.begun[env], rows, env)] if usable else []
+
+    def refresh(self) -> None:
+        """Forget episodes whose first row is overwritten, and tell the device."""
+        self.episodes = [episode for episode in self.episodes if episode[0] >= self.rows - self.size]
+        self.oldest = min((episode[0] for episode in self.episodes), default=math.inf)
+        if self.episodes:
+            self.table[: len(self.episodes)] = torch.tensor(self.episodes)
+        self.count.fill_(len(self.episodes))
+
+    def sample(self, batch_size: int) -> dict:
+        """-> fields (length,batch_size,...) on the device; every row 0 is an episode's first, the chunks are whole."""
+        episode, start = torch.rand((2, batch_size), dtype=torch.float64, device=self.device)
+        first, rows, env = self.table[(episode * self.count).long()].T
+        last = rows - self.length
+        start = (start * (last + 1 + (self.length if self.prioritize_ends else 0))).long().minimum(last)
+        steps = torch.arange(self.length, device=self.device)[:, None]
+        batch, _ = self.gather(first + start + steps, env.expand(self.length, -1))
+        batch["is_first"][0] = True
+        return batch
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue at a checkpoint. Episodes are found again by their flags: each rank has other rows."""
+        super().load_state_dict(state)
+        self.begun = [-math.inf] * self.num_envs  # the oldest rows may belong to an episode without its beginning
+        rows = torch.arange(self.rows - self.size, self.rows)
+        first, last = (self.data[k][(rows % self.capacity).to(self.device)].cpu() for k in ("is_first", "is_last"))
+        for i in (first | last).any(-1).nonzero()[:, 0].tolist():
+            self.track(int(rows[i]), first[i], last[i])
+        self.refresh()
+
+
+# ==== shared: update ratio ====
+class Ratio:
+    """Updates due: one at the first call, then floor(rows x ratio), the remainder carried. Source: `when.Ratio`."""
+
+    def __init__(self, ratio: float):
+        self.ratio, self.previous = ratio, None
+
+    def __call__(self, step: int) -> int:
+        if self.previous is None:
+            self.previous = step
+            return 1
+        updates = int((step - self.previous) * self.ratio)
+        self.previous += updates / self.ratio
+        return updates
+# ==== end shared ====
+
+
+# ======== 6. networks ========
+
+
+class Linear(nn.Linear):
+    """(...,in) -> (...,out) with Keras' initialisation: Glorot uniform weight, zero bias."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
+    """`layers` x [linear, ELU]; (...,inputs) -> (...,units)."""
+    return nn.Sequential(*[m for i in range(layers) for m in (Linear(units if i else inputs, units), nn.ELU())])
+
+
+def head(inputs: int, units: int, layers: int, outputs: int) -> nn.Sequential:
+    """MLP with a linear output; (...,inputs) -> (...,outputs)."""
+    return nn.Sequential(mlp(inputs, units, layers), Linear(units, outputs))
+
+
+class Parallel(nn.ModuleList):
+    """Concatenated outputs of several layers on one input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self], -1)
+
+
+class Conv(nn.Conv2d):
+    """Convolution with stride 2, no padding, Keras' initialisation, on (N,Y,X,C)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int):
+        super().__init__(inputs, outputs, kernel, stride=2)
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class UpConv(nn.ConvTranspose2d):
+    """Transposed convolution with stride 2, no padding, Keras' initialisation, on (N,Y,X,C).
+
+    From 1x1 pixels it is a matrix product, and 20 times as fast on a CPU when it is computed as one."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int):
+        super().__init__(inputs, outputs, kernel, stride=2)
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1:3] == (1, 1):
+            weight = self.weight.permute(0, 2, 3, 1)  # (in,k,k,out)
+            x = x[:, 0, 0] @ weight.flatten(1)
+            return x.unflatten(-1, weight.shape[1:]) + self.bias.to(x.dtype)
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Encoder(nn.Module):
+    """Images (T,B,64,64,C) uint8 -> tokens (T,B,E), E = 32 * depth, by 4 x [4x4 convolution, ELU]."""
+
+    def __init__(self, channels: int, depth: int):
+        super().__init__()
+        widths = [channels, depth, 2 * depth, 4 * depth, 8 * depth]
+        self.convs = nn.ModuleList(Conv(i, o, 4) for i, o in zip(widths[:-1], widths[1:]))
+        self.tokens = 2 * 2 * widths[-1]
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = image.flatten(0, 1).to(self.convs[0].weight.dtype) / 255 - 0.5
+        for conv in self.convs:
+            x = F.elu(conv(x))
+        return x.flatten(1).unflatten(0, image.shape[:2])  # in Y,X,C order, as the official code
+
+
+class Decoder(nn.Module):
+    """Latents (T,B,D), (T,B,S*K) -> mean of the image, (T,B,64,64,C); the target is in [-0.5, 0.5]."""
+
+    def __init__(self, channels: int, feat: int, depth: int):
+        super().__init__()
+        widths = [32 * depth, 4 * depth, 2 * depth, depth, channels]
+        self.dense = Linear(feat, widths[0])
+        self.convs = nn.ModuleList(UpConv(*args) for args in zip(widths[:-1], widths[1:], (5, 5, 6, 6)))
+
+    def forward(self, deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
+        x = self.dense(torch.cat([deter, stoch], -1)).flatten(0, 1)[:, None, None]  # no activation (official)
+        for i, conv in enumerate(self.convs):
+            x = conv(F.elu(x) if i else x)
+        return x.unflatten(0, deter.shape[:-1])
+
+
+# ======== 7. world model ========
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model: h_t = f(h, z, a), prior p(z_t | h_t), posterior q(z_t | h_t, tokens_t).
+
+    What does not depend on the recurrence is taken out of the scan, with the same sums: the token part of the
+    posterior's first layer, the action part of the cell's, the prior, all noise."""
+
+    def __init__(self, deter: int, hidden: int, stoch: int, classes: int, action_dim: int, tokens: int):
+        super().__init__()
+        self.deter, self.stoch, self.classes = deter, stoch, classes
+        self.img_in = Linear(stoch * classes + action_dim, hidden)
+        self.gru, self.gru_norm = Linear(hidden + deter, 3 * deter), nn.LayerNorm(3 * deter, eps=1e-3)  # Keras' eps
+        self.post_hid = Linear(deter + tokens, hidden)
+        self.post_out = Linear(hidden, stoch * classes)
+        self.prior_head = head(deter, hidden, 1, stoch * classes)
+
+    def scan_weights(self, dtype: torch.dtype) -> dict:
+        """What a step multiplies with, (in,out) in computation precision, packed once per scan."""
+        weights = dict(in_stoch=self.img_in.weight[:, : self.stoch * self.classes], gru=self.gru.weight,
+                       post=self.post_hid.weight[:, : self.deter], post_out=self.post_out.weight)
+        biases = dict(gru_bias=self.gru.bias.to(dtype), post_out_bias=self.post_out.bias.to(dtype))
+        return {**{k: w.T.to(dtype) for k, w in weights.items()}, **biases}
+
+    def action_row(self, action: torch.Tensor) -> torch.Tensor:
+        """The action's share of the cell's first layer, (...,A) -> (...,hidden)."""
+        return F.linear(action, self.img_in.weight[:, self.stoch * self.classes :], self.img_in.bias)
+
+    def core(self, weights: dict, deter: torch.Tensor, stoch: torch.Tensor, action_row: torch.Tensor) -> torch.Tensor:
+        """h' = f(h, z, a), a GRU with layer norm: (B,D), (B,S*K), (B,hidden) -> (B,D).
+
+        Trap: unlike torch's GRU cell one norm covers all gates, reset acts on the whole candidate, update on the new
+        value, and it starts at sigmoid(-1). Source: `nets.GRUCell`."""
+        x = F.elu(torch.addmm(action_row, stoch, weights["in_stoch"]))
+        gates = torch.addmm(weights["gru_bias"], torch.cat([x, deter], -1), weights["gru"])
+        reset, cand, update = self.gru_norm(at_least_float32(gates)).to(x.dtype).chunk(3, -1)
+        cand = torch.tanh(reset.sigmoid() * cand)
+        return torch.lerp(deter, cand, (update - 1).sigmoid())  # u * cand + (1 - u) * h
+
+    def sample(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """z (B,S*K) from logits (B,S,K)."""
+        return sample_onehot(at_least_float32(logits).softmax(-1), noise).to(logits.dtype).flatten(1)
+
+    def observe_step(self, weights: dict, deter, stoch, action_row, token_row, noise) -> tuple:
+        """One posterior step: (B,D), (B,S*K), rows (B,hidden) twice, noise (B,S,K) -> h', z', logits (B,S,K)."""
+        deter = self.core(weights, deter, stoch, action_row)
+        x = F.elu(torch.addmm(token_row, deter, weights["post"]))
+        logits = torch.addmm(weights["post_out_bias"], x, weights["post_out"]).unflatten(-1, (self.stoch, self.classes))
+        return deter, self.sample(logits, noise), logits
+
+    def observe(self, tokens, prev_action, is_first, deter, stoch, noise) -> tuple:
+        """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), carry h (B,D), z (B,S*K), noise
+        (T,B,S,K) -> h (T,B,D), z (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
+        dtype = tokens.dtype
+        weights = self.scan_weights(dtype)
+        keep = (~is_first).to(dtype)[..., None]  # trap: h, z and the previous action all start from zero in an episode
+        action_rows = self.action_row(prev_action.to(dtype) * keep)
+        token_rows = F.linear(tokens, self.post_hid.weight[:, self.deter :], self.post_hid.bias)
+        deter, stoch, outs = deter.to(dtype), stoch.to(dtype), []
+        # unbind: the backward pass of rows[t] would write a full-size gradient for every t
+        for k, a, x, e in zip(keep.unbind(), action_rows.unbind(), token_rows.unbind(), noise.unbind()):
+            deter, stoch, logits = self.observe_step(weights, deter * k, stoch * k, a, x, e)
+            outs.append((deter, stoch, logits))
+        return tuple(torch.stack(x) for x in zip(*outs))
+
+    def prior(self, deter: torch.Tensor) -> torch.Tensor:
+        """Prior logits (...,S,K) of h (...,D)."""
+        return self.prior_head(deter).unflatten(-1, (self.stoch, self.classes))
+
+    def imagine_step(self, weights: dict, deter, stoch, action, noise) -> tuple:
+        """One step without observation: (N,D), (N,S*K), action (N,A), noise (N,S,K) -> h', z' ~ p(z' | h')."""
+        deter = self.core(weights, deter, stoch, self.action_row(action.to(deter.dtype)))
+        return deter, self.sample(self.prior(deter), noise)
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward and discount heads."""
+
+    def __init__(self, shapes: dict, action_dim: int, args: Args):
+        super().__init__()
+        channels, latent = shapes["image"][-1], args.stoch * args.classes
+        self.args, self.feat = args, args.deter + latent
+        self.encoder = Encoder(channels, args.cnn_depth)
+        self.rssm = RSSM(args.deter, args.hidden, args.stoch, args.classes, action_dim, self.encoder.tokens)
+        self.decoder = Decoder(channels, self.feat, args.cnn_depth)
+        self.reward = head(self.feat, args.units, args.layers, 1)
+        self.discount = head(self.feat, args.units, args.layers, 1) if args.pred_discount else None
+
+    def predict_discount(self, feat: torch.Tensor) -> torch.Tensor:
+        """gamma * p(the episode goes on) in states (...,F), (...); the head has gamma in its target already."""
+        if self.discount is None:
+            return torch.full(feat.shape[:-1], self.args.gamma, device=feat.device)
+        return at_least_float32(self.discount(feat))[..., 0].sigmoid()
+
+    def loss(self, batch: dict, noise: torch.Tensor) -> tuple[torch.Tensor, dict, dict]:
+        """Replay rows (T,B,...), noise (T,B,S,K) -> scalar loss, posterior {deter, stoch} (T,B,...), metrics.
+
+        Minus the evidence lower bound, Eq. 2 (arXiv:2010.02193v4), each term with its scale, averaged over T and B."""
+        unseen = noise[0].flatten(1)  # row 0 is_first: whatever memory comes in is zeroed
+        deter, stoch, post_logits = self.rssm.observe(
+            self.encoder(batch["image"]), batch["action"], batch["is_first"],
+            unseen.new_zeros(len(unseen), self.rssm.deter), torch.zeros_like(unseen), noise)
+        prior_logits = self.rssm.prior(deter)
+        kl_loss, kl = kl_losses(post_logits, prior_logits, self.args.kl_balance, self.args.free_nats)
+        feat = torch.cat([deter, stoch], -1)
+        reward = batch["reward"].tanh() if self.args.reward_transform == "tanh" else batch["reward"]
+        pixels = batch["image"].to(reward.dtype) / 255 - 0.5
+        losses = dict(kl=kl_loss, image=normal_nll(self.decoder(deter, stoch), pixels).flatten(2).sum(-1).mean(),
+                      reward=normal_nll(self.reward(feat)[..., 0], reward).mean())
+        if self.discount is not None:
+            # soft target: the head learns gamma * (1 - is_terminal), so a dream needs no other discount
+            target = (1 - batch["is_terminal"].to(reward.dtype)) * self.args.gamma
+            logits = at_least_float32(self.discount(feat))[..., 0]
+            losses["discount"] = F.binary_cross_entropy_with_logits(logits, target)
+        scales = dict(kl=self.args.kl_scale, discount=self.args.discount_scale)  # all others 1
+        total = sum(scales.get(k, 1.0) * v for k, v in losses.items())
+        metrics = {**{f"losses/{k}": v.detach() for k, v in losses.items()}, "wm/kl": kl.mean()}
+        for name, logits in (("post", post_logits), ("prior", prior_logits)):
+            metrics[f"wm/{name}_entropy"] = entropy(at_least_float32(logits.detach()).log_softmax(-1)).sum(-1).mean()
+        return total, dict(deter=deter.detach(), stoch=stoch.detach()), metrics
+
+
+# ======== 8. behaviour ========
+
+
+class Behaviour(nn.Module):
+    """Actor, critic and slow critic on feat = [h, z], trained in dreams. Source: `ActorCritic`."""
+
+    def __init__(self, feat: int, action_dim: int, discrete: bool, args: Args):
+        super().__init__()
+        self.args, self.discrete, self.action_dim = args, discrete, action_dim
+        auto = "reinforce" if discrete else "dynamics"
+        self.actor_grad = auto if args.actor_grad == "auto" else args.actor_grad
+        outs = [Linear(args.units, action_dim) for _ in range(1 if discrete else 2)]
+        self.actor = nn.Sequential(mlp(feat, args.units, args.layers), outs[0] if discrete else Parallel(outs))
+        self.critic = head(feat, args.units, args.layers, 1)
+        self.slow_critic = head(feat, args.units, args.layers, 1).requires_grad_(False)  # own weights until update 1
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    def policy(self, feat: torch.Tensor) -> Categorical | TruncatedNormal:
+        raw = self.actor(feat)
+        return Categorical(raw) if self.discrete else TruncatedNormal(raw, self.args.exact_trunc_grad)
+
+    def noise(self, *lead: int, device: torch.device) -> torch.Tensor:
+        """What `policy(...).sample` consumes, (*lead,A): Exp(1) for a categorical race, uniform for an inverse CDF."""
+        noise = torch.empty(*lead, self.action_dim, device=device)
+        return noise.exponential_() if self.discrete else noise.uniform_(1e-6, 1 - 1e-6)
+
+    def random_action(self, num_envs: int, device: torch.device) -> torch.Tensor:
+        """Uniform actions (N,A)."""
+        if self.discrete:
+            return F.one_hot(torch.randint(self.action_dim, (num_envs,), device=device), self.action_dim).float()
+        return torch.empty(num_envs, self.action_dim, device=device).uniform_(-1, 1)
+
+    def imagine(self, rssm: RSSM, deter, stoch, noise_action, noise_stoch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Roll the policy out from (N,D), (N,S*K) with noise (H,N,A), (H,N,S,K) -> feat (H+1,N,F), action (H,N,A).
+
+        action[k], a_{k+1} in the diagram, leads from feat[k] to feat[k+1]. The policy sees states without gradient: an
+        action moves later states, not the view that later actions take."""
+        weights = rssm.scan_weights(deter.dtype)
+        feats, actions = [torch.cat([deter, stoch], -1)], []
+        for action_noise, stoch_noise in zip(noise_action, noise_stoch):
+            actions.append(self.policy(feats[-1].detach()).sample(action_noise))
+            deter, stoch = rssm.imagine_step(weights, deter, stoch, actions[-1], stoch_noise)
+            feats.append(torch.cat([deter, stoch], -1))
+        return torch.stack(feats), torch.stack(actions)
+
+    def loss(self, world: WorldModel, post: dict, is_terminal, noise_action, noise_stoch, coefs) -> tuple[dict, dict]:
+        """Actor and critic loss from posterior (T,B,...), is_terminal (T,B) and coefs [entropy bonus, rho].
+
+        Both minimised, Eq. 5, 6 (arXiv:2010.02193v4), eta is the entropy bonus, w_t the product of discounts before t:
+        policy  -w_t (rho ln pi(a_{t+1} | s_t) sg(V_{t+1} - v_t) + (1 - rho) V_{t+1} + eta H(pi(. | s_t))), t = 0..H-2
+        value    w_t 1/2 (v_t - sg V_t)^2 and a constant, t = 0..H-1
+        Every state starts one dream, terminal ones too: their discount 0 leaves them their first target only."""
+        deter, stoch = (post[k].flatten(0, 1) for k in ("deter", "stoch"))
+        with torch.set_grad_enabled(self.actor_grad != "reinforce"):  # Reinforce needs no gradient through the dream
+            feat, action = self.imagine(world.rssm, deter, stoch, noise_action, noise_stoch)
+            reward, slow_value = (at_least_float32(net(feat))[..., 0] for net in (world.reward, self.slow_critic))
+            discount = world.predict_discount(feat)
+            if world.discount is not None:  # known for the replayed state: no dream beyond an episode's end
+                known = (1 - is_terminal.flatten().to(discount.dtype)) * self.args.gamma
+                discount = torch.cat([known[None], discount[1:]])
+            target = lambda_return(reward, slow_value, discount, self.args.lam)
+        weight = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0).detach()  # 1, d_0, d_0 d_1, ...
+
+        # trap: V_{t+1} against v_t is meant so; a_{t+1}, chosen in s_t, cannot change r_t, which is part of V_t
+        policy = self.policy(feat[:-2].detach())
+        advantage = (target[1:] - slow_value[:-2]).detach()
+        bonus = policy.entropy()
+        if self.actor_grad == "dynamics":
+            objective = target[1:]
+        else:  # the action is a constant of the log-probability, also where it carries a gradient
+            objective = policy.log_prob(action[:-1].detach()) * advantage
+        if self.actor_grad == "both":
+            objective = coefs[1] * objective + (1 - coefs[1]) * target[1:]
+        value = at_least_float32(self.critic(feat[:-1].detach()))[..., 0]
+        losses = dict(policy=-(weight[:-2] * (objective + coefs[0] * bonus)).mean(),
+                      value=(weight[:-1] * normal_nll(value, target.detach())).mean())
+        metrics = {"losses/policy": losses["policy"], "losses/value": losses["value"], "ac/entropy": bonus.mean(),
+                   "ac/target": target.mean(), "ac/value": value.mean(), "ac/slow_value": slow_value.mean(),
+                   "ac/advantage_abs": advantage.abs().mean(), "ac/imag_reward": reward.mean(),
+                   "ac/imag_discount": discount.mean(), "ac/ent_coef": coefs[0]}
+        return losses, {k: v.detach() for k, v in metrics.items()}
+
+    @torch.no_grad()
+    def update_slow_critic(self) -> None:
+        """slow <- (1 - rate) slow + rate critic after update 1 + n every; after the first a full copy."""
+        rate = self.args.slow_rate * (self.updates % self.args.slow_every == 0).float()
+        rate = torch.where(self.updates == 0, torch.ones_like(rate), rate)
+        for slow, online in zip(self.slow_critic.parameters(), self.critic.parameters()):
+            slow.lerp_(online, rate)
+        self.updates += 1
+
+
+# ======== 9. update ========
+
+
+class Adam:
+    """Adam in Keras' form after global-norm clipping, with weight decay that ignores the learning rate.
+
+    w *= 1 - decay;  m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;  w -= lr sqrt(1-b2^k)/(1-b1^k) m / (sqrt(v) + eps).
+    Trap: torch divides by sqrt(v / (1-b2^k)) + eps, AdamW's decay is lr times smaller. Source: `common.Optimizer`."""
+
+    def __init__(self, params, lr: float, eps: float, clip: float, decay: float, beta1=0.9, beta2=0.999):
+        self.params = list(params)
+        self.lr, self.eps, self.clip, self.decay, self.beta1, self.beta2 = lr, eps, clip, decay, beta1, beta2
+        self.count = torch.zeros((), device=self.params[0].device)
+        self.square, self.momentum = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
+
+    def step(self, loss: torch.Tensor) -> torch.Tensor:
+        """One update of these parameters only, whatever else the loss depends on -> gradient norm before clipping."""
+        grads = torch.autograd.grad(loss, self.params)
+        with torch.no_grad():
+            average_ranks(grads)
+            norm = torch.stack(torch._foreach_norm(grads)).norm()
+            grads = torch._foreach_mul(grads, (self.clip / norm).clamp(max=1))
+            self.count += 1
+            correct1, correct2 = (-torch.expm1(self.count * math.log(b)) for b in (self.beta1, self.beta2))  # 1 - b^k
+            torch._foreach_lerp_(self.momentum, grads, 1 - self.beta1)
+            torch._foreach_mul_(self.square, self.beta2)
+            torch._foreach_addcmul_(self.square, grads, grads, 1 - self.beta2)
+            scale = torch._foreach_sqrt(self.square)
+            torch._foreach_add_(scale, self.eps)
+            torch._foreach_mul_(self.params, 1 - self.decay)
+            change = torch._foreach_div(self.momentum, scale)
+            torch._foreach_sub_(self.params, torch._foreach_mul(change, self.lr * correct2.sqrt() / correct1))
+        return norm
+
+    def state_dict(self) -> dict:
+        return dict(count=self.count, square=self.square, momentum=self.momentum)
+
+    def load_state_dict(self, state: dict) -> None:
+        saved = [state["count"], *state["square"], *state["momentum"]]
+        for mine, other in zip([self.count, *self.square, *self.momentum], saved, strict=True):
+            mine.copy_(other)
+
+
+# ==== shared: distributed ====
+def start_ranks(device: str) -> tuple[int, int, int]:
+    """(rank, local rank, world size); under torchrun starts the process group, nccl on CUDA and gloo elsewhere."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), world_size
+
+
+def gather_ranks(x: torch.Tensor) -> torch.Tensor:
+    """(n,) of every rank -> (world_size*n,), for statistics of the joint batch."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def average_ranks(tensors: list[torch.Tensor]) -> None:
+    """Mean over ranks in place, as one flat message: with equal shards, the gradient of the joint batch."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, part in zip(tensors, (flat / dist.get_world_size()).split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))
+
+
+def sum_ranks(values: list, device: torch.device) -> list[float]:
+    """Sum over ranks of numbers that all ranks must agree on."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor([float(v) for v in values], device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def share_text(text: str) -> str:
+    """Rank 0's text on every rank."""
+    box = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+# ==== end shared ====
+
+
+class Agent(nn.Module):
+    """World model and behaviour: the policy for the environment, and what an update learns."""
+
+    def __init__(self, shapes: dict, action_dim: int, discrete: bool, args: Args):
+        super().__init__()
+        self.args = args
+        self.world = WorldModel(shapes, action_dim, args)
+        self.behaviour = Behaviour(self.world.feat, action_dim, discrete, args)
+
+    def initial(self, num_envs: int, device: torch.device) -> dict:
+        """State before the first observation: h, z and the previous action are zero."""
+        deter = self.world.rssm.deter
+        sizes = dict(deter=deter, stoch=self.world.feat - deter, action=self.behaviour.action_dim)
+        return {k: torch.zeros(num_envs, n, device=device) for k, n in sizes.items()}
+
+    @torch.no_grad()
+    def act(self, row: dict, state: dict) -> dict:
+        """Row (N,...) and state -> new {deter, stoch, action}; the latent is always sampled, the action in training;
+        in evaluation (`agent.eval()`) it is the policy's mode (official)."""
+        device, rssm = state["deter"].device, self.world.rssm
+        obs = {k: torch.as_tensor(v, device=device)[None] for k, v in row.items()}
+        noise = torch.empty(1, len(state["deter"]), rssm.stoch, rssm.classes, device=device).exponential_()
+        with autocast(self.args, device):
+            tokens = self.world.encoder(obs["image"])
+            (deter,), (stoch,), _ = rssm.observe(
+                tokens, state["action"][None], obs["is_first"], state["deter"], state["stoch"], noise)
+            policy = self.behaviour.policy(torch.cat([deter, stoch], -1))
+        noise = self.behaviour.noise(len(deter), device=device)
+        return dict(deter=deter, stoch=stoch, action=policy.sample(noise) if self.training else policy.mode())
+
+    def noise(self, batch_size: int, device: torch.device) -> dict:
+        """All random numbers of one update, drawn at once: posterior, imagined actions, imagined latents."""
+        time, horizon, rssm = self.args.batch_length, self.args.imag_horizon, self.world.rssm
+        groups, rollouts = (rssm.stoch, rssm.classes), time * batch_size
+        return dict(post=torch.empty(time, batch_size, *groups, device=device).exponential_(),
+                    action=self.behaviour.noise(horizon, rollouts, device=device),
+                    prior=torch.empty(horizon, rollouts, *groups, device=device).exponential_())
+
+    def compile_regions(self) -> None:
+        """Compile the step functions and the decoder. Not the unrolled scan (minutes, and no faster); on a CPU encoder
+        and heads gain nothing."""
+        rssm = self.world.rssm
+        rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
+        rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
+        self.world.decoder.compile(dynamic=False)
+
+
+class Optimizers:
+    """Three Adams, one per loss, so that no loss moves another's parameters."""
+
+    def __init__(self, agent: Agent, args: Args):
+        parts = dict(model=(agent.world, args.model_lr), actor=(agent.behaviour.actor, args.actor_lr),
+                     critic=(agent.behaviour.critic, args.critic_lr))
+        self.parts = {name: Adam(net.parameters(), lr, args.adam_eps, args.grad_clip, args.weight_decay)
+                      for name, (net, lr) in parts.items()}
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+def train_step(agent: Agent, optimizer: Optimizers, replay: EpisodeReplay, batch_size: int, coefs) -> dict:
+    """One update: sample, world model, then actor and critic in dreams of the new world model. No host reads;
+    coefs [entropy bonus, rho] (2,) -> metrics ()."""
+    device = coefs.device
+    batch = {k: v.to(device, non_blocking=True) for k, v in replay.sample(batch_size).items()}
+    noise = agent.noise(batch_size, device)
+    with autocast(agent.args, device):
+        loss, post, metrics = agent.world.loss(batch, noise["post"])
+    metrics["grad/model_norm"] = optimizer.parts["model"].step(loss)
+    with autocast(agent.args, device):  # the states are those from before the world model's step (official)
+        losses, ac_metrics = agent.behaviour.loss(
+            agent.world, post, batch["is_terminal"], noise["action"], noise["prior"], coefs)
+    metrics.update(ac_metrics)
+    metrics["grad/actor_norm"] = optimizer.parts["actor"].step(losses["policy"])
+    metrics["grad/critic_norm"] = optimizer.parts["critic"].step(losses["value"])
+    agent.behaviour.update_slow_critic()
+    return metrics
+
+
+# ======== 10. evaluate and dream ========
+
+
+# ==== shared: episode accounting ====
+class Episodes:
+    """Return and length of the running episode of each environment; the resetting row counts for neither."""
+
+    def __init__(self, num_envs: int):
+        self.ret, self.length, self.last = np.zeros(num_envs), np.zeros(num_envs, int), math.nan
+
+    def update(self, row: dict) -> list[tuple[int, float, int]]:
+        """Take one row (N,...); -> (environment, return, length) of each episode that ended with it."""
+        self.ret = np.where(row["is_first"], 0, self.ret + row["reward"])
+        self.length = np.where(row["is_first"], 0, self.length + 1)
+        ended = [(int(i), float(self.ret[i]), int(self.length[i])) for i in np.flatnonzero(row["is_last"])]
+        self.last = ended[-1][1] if ended else self.last
+        return ended
+
+
+ATARI_100K = dict(  # random and human score of the 26 games
+    Alien=(227.8, 7127.7), Amidar=(5.8, 1719.5), Assault=(222.4, 742.0), Asterix=(210.0, 8503.3),
+    BankHeist=(14.2, 753.1), BattleZone=(2360.0, 37187.5), Boxing=(0.1, 12.1), Breakout=(1.7, 30.5),
+    ChopperCommand=(811.0, 7387.8), CrazyClimber=(10780.5, 35829.4), DemonAttack=(152.1, 1971.0), Freeway=(0.0, 29.6),
+    Frostbite=(65.2, 4334.7), Gopher=(257.6, 2412.5), Hero=(1027.0, 30826.4), Jamesbond=(29.0, 302.8),
+    Kangaroo=(52.0, 3035.0), Krull=(1598.0, 2665.5), KungFuMaster=(258.5, 22736.3), MsPacman=(307.3, 6951.6),
+    Pong=(-20.7, 14.6), PrivateEye=(24.9, 69571.3), Qbert=(163.9, 13455.0), RoadRunner=(11.5, 7845.0),
+    Seaquest=(68.4, 42054.7), UpNDown=(533.4, 11693.2))
+
+
+def human_normalised(env_id: str, score: float) -> dict[str, float]:
+    """0 is random play, 1 a human; empty for other environments than the 26 games."""
+    low, high = ATARI_100K.get(env_id.removeprefix("ALE/").removesuffix("-v5"), (0, 0))
+    return {"eval/human_normalised": (score - low) / (high - low)} if high else {}
+# ==== end shared ====
+
+
+# ==== shared: evaluation ====
+def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, float], list]:
+    """`eval_episodes` whole episodes in fresh environments -> metrics, and the first one's frames if it has images.
+
+    Every environment plays the same number of episodes, so short ones are not favoured."""
+    num_envs = min(args.eval_episodes, 16)
+    quota, envs = -(-args.eval_episodes // num_envs), make_envs(args, num_envs, args.seed + 10_000)
+    episodes, state, row = Episodes(num_envs), agent.initial(num_envs, device), envs.reset()
+    done, frames = [[] for _ in range(num_envs)], []
+    agent.eval()  # an agent that is greedy in evaluation looks at this
+    while min(map(len, done)) < quota:
+        if "image" in row and not done[0] and len(frames) < 3000:
+            frames.append(to_rgb(row["image"][0]))
+        for env, ret, length in episodes.update(row):
+            done[env].append((ret, length))
+        state = agent.act(row, state)
+        row = envs.step(state["action"].cpu().numpy())
+    agent.train()
+    returns, lengths = zip(*[episode for env in done for episode in env[:quota]])
+    score = float(np.mean(returns))
+    metrics = {"eval/episodic_return": score, "eval/return_std": float(np.std(returns)),
+               "eval/episodic_length": float(np.mean(lengths)), **human_normalised(args.env_id, score)}
+    print(f"evaluation at step {step}, {len(returns)} episodes: "
+          + ", ".join(f"{k.removeprefix('eval/')} {v:.3g}" for k, v in metrics.items()))
+    return metrics, frames
+
+
+def play(agent, args, device: torch.device) -> None:
+    """--eval-only: load what acting needs, evaluate it, write the results beside it."""
+    path = Path(args.checkpoint)
+    saved, run = load_checkpoint(path, "policy.pt"), path if path.is_dir() else path.parent
+    missing = agent.load_state_dict(saved["agent"], strict=False).missing_keys  # policy.pt holds what acting needs
+    if any(key.startswith(ACTING) for key in missing):
+        fail(f"the policy in {path} is not complete")
+    with SummaryWriter(str(run)) as writer:
+        results = evaluate(agent, args, device, saved["step"])
+        log_results(*results, writer, run / "videos" / "eval.gif", "eval/episode", saved["step"])
+
+
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """(Y,X,C) uint8 with any C -> (Y,X,3): gray is repeated, of stacked images the first is shown."""
+    return image[..., :3] if image.shape[-1] >= 3 else image[..., :1].repeat(3, -1)
+
+
+def dream_video(truth: torch.Tensor, model: torch.Tensor, context: int, **numbers: torch.Tensor) -> tuple:
+    """Image errors, and GIF frames with rows truth, model, error (T,B,Y,X,C) in [0,1] and the `numbers` (T,B) below."""
+    error = (model - truth).square().flatten(2).sum(-1)
+    metrics = {"dream/image_error_posterior": error[:context].mean().item(),
+               "dream/image_error_imagined": error[context:].mean().item()}
+    rows = [(x * 255).byte().cpu().numpy() for x in (truth, model, (model - truth + 1) / 2)]
+    frames = []
+    for t in range(len(truth)):
+        grid = np.concatenate([np.concatenate([to_rgb(image) for image in row[t]], 1) for row in rows], 0)
+        grid = grid.repeat(2, 0).repeat(2, 1)
+        frame = Image.fromarray(np.pad(grid, ((0, 14), (0, 0), (0, 0))))
+        for b in range(truth.shape[1]):
+            words = ["imag" if t >= context else "post", *(f"{k[0]}{v[t, b]:.2f}" for k, v in numbers.items())]
+            place = 2 + b * grid.shape[1] // truth.shape[1], grid.shape[0]
+            ImageDraw.Draw(frame).text(place, " ".join(words), fill="white")
+        frames.append(np.asarray(frame))
+    return metrics, frames
+
+
+def log_results(metrics: dict, frames: list, writer: SummaryWriter, path: Path, tag: str, step: int) -> None:
+    """Scalars, and RGB frames (Y,X,3) uint8 as a GIF file that is also an image summary (TensorBoard plays it)."""
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    if frames:
+        images = [Image.fromarray(f).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for f in frames]
+        buffer = io.BytesIO()
+        images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+        height, width, _ = frames[0].shape
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+# ==== end shared ====
+
+
+@torch.no_grad()
+def open_loop_video(agent: Agent, replay: EpisodeReplay, args: Args, count: int = 4, context: int = 5) -> tuple:
+    """Image errors, and GIF frames with rows truth, model, error for `count` replayed sequences: `context` steps from
+    the posterior, the rest imagined with the recorded actions; below them the predicted reward and discount."""
+    context = min(context, args.batch_length // 2)
+    device, world, rssm = next(agent.parameters()).device, agent.world, agent.world.rssm
+    batch = {k: v.to(device) for k, v in replay.sample(count).items()}
+    noise = torch.empty(args.batch_length, count, rssm.stoch, rssm.classes, device=device).exponential_()
+    start = agent.initial(count, device)
+    deter, stoch, _ = rssm.observe(world.encoder(batch["image"][:context]), batch["action"][:context],
+                                   batch["is_first"][:context], start["deter"], start["stoch"], noise)
+    states, weights = list(zip(deter, stoch)), rssm.scan_weights(deter.dtype)
+    for action, step_noise in zip(batch["action"][context:], noise[context:]):
+        states.append(rssm.imagine_step(weights, *states[-1], action, step_noise))
+    deter, stoch = (torch.stack(x) for x in zip(*states))
+    feat = torch.cat([deter, stoch], -1)
+    return dream_video(batch["image"] / 255, (world.decoder.forward(deter, stoch) + 0.5).clamp(0, 1), context,
+                       reward=world.reward(feat)[..., 0], discount=world.predict_discount(feat))
+
+
+# ======== 11. checkpoint and logging ========
+
+
+# ==== shared: checkpoint ====
+def save_atomic(payload: dict, path: Path) -> None:
+    """Write, fsync, replace; the file before stays as *_prev. A kill or a full disk always leaves a loadable file."""
+    part = path.with_suffix(".tmp")
+    buffer = io.BytesIO()  # torch.save into a file on a full disk raises its own errors, write an OSError
+    torch.save(payload, buffer)
+    with open(part, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, path.with_stem(path.stem + "_prev"))
+    os.replace(part, path)
+
+
+def save_run(run: Path, args, step: int, agent, optimizer, replay, device: torch.device, **counters) -> None:
+    """checkpoint.pt with everything a resumed run needs, policy.pt with what acting needs."""
+    common = dict(algorithm=Path(__file__).stem, args=asdict(args), step=step)
+    cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    save_atomic(dict(common, **counters, agent=agent.state_dict(), optimizer=optimizer.state_dict(),
+                     replay=replay.state_dict(), rng=torch.get_rng_state(), cuda_rng=cuda_rng), run / "checkpoint.pt")
+    policy = {k: v for k, v in agent.state_dict().items() if k.startswith(ACTING)}
+    save_atomic(dict(common, agent=policy), run / "policy.pt")
+
+
+def load_checkpoint(path: Path, name: str = "checkpoint.pt") -> dict:
+    """The checkpoint in a run directory, or a file; plain data (weights_only). Damaged, foreign: one line, status 2."""
+    file = path / name if path.is_dir() else path
+    previous = file.with_stem(file.stem.removesuffix("_prev") + "_prev")
+    if not file.exists():
+        file = previous  # killed between the two renames of save_atomic
+    if not file.exists():
+        fail(f"no {name} in {path}")
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        algorithm, _, _ = saved["algorithm"], saved["args"], saved["step"]
+    except Exception as error:  # damaged pickles raise anything
+        fail(f"{file} is damaged ({type(error).__name__}); the one before it is {previous}")
+    if algorithm != Path(__file__).stem:
+        fail(f"{file} was made by {algorithm}.py")
+    return saved
+
+
+def run_name(args) -> str:
+    return f"{re.sub('[/:]', '_', args.env_id)}__{args.exp_name}__{args.seed}__"
+
+
+def find_run(args) -> Path | None:
+    """What --resume names; with `auto` the newest run of the same name that has a checkpoint; None for a new run."""
+    if args.resume == "auto":
+        found = [p for p in Path(args.run_dir).glob(run_name(args) + "*") if any(p.glob("checkpoint*.pt"))]
+        return max(found, key=lambda p: p.stat().st_mtime, default=None)
+    return Path(args.resume) if args.resume else None
+
+
+def start_run(args, step: int | None = None) -> tuple[Path, SummaryWriter]:
+    """Make (or reopen) the run directory: arguments, a copy of the script, versions, TensorBoard."""
+    run = Path(args.resume or Path(args.run_dir) / f"{run_name(args)}{time.time_ns() // 1_000_000}")
+    run = run if run.is_dir() or not args.resume else run.parent
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
+    if Path(__file__).resolve().parent != run.resolve():
+        shutil.copy(__file__, run)
+    packages = "".join(f"{p} {version(p)}\n" for p in ("torch", "gymnasium", "ale-py", "numpy"))
+    (run / "versions.txt").write_text(f"python {sys.version}\n{packages}")
+    writer = SummaryWriter(str(run), purge_step=None if step is None else step + 1)  # a killed run's later points go
+    table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
+    return run, writer
+
+
+def check_finite(metrics: dict, step: int, run: Path) -> dict[str, float]:
+    """Metrics as floats, in one transfer to the host. A loss that is not finite stops the run before it is saved."""
+    values = dict(zip(metrics, torch.stack([m.float() for m in metrics.values()]).tolist())) if metrics else {}
+    for name, value in values.items():
+        if name.startswith(("losses/", "grad/")) and not math.isfinite(value):
+            fail(f"{name} is {value} at step {step}; stopped, the last good checkpoint stays in {run}")
+    return values
+
+
+class StopSignal:
+    """SIGINT, SIGTERM, SIGUSR1 (Slurm) ask the loop to save and exit 0 after this step; a second Ctrl-C kills."""
+
+    def __init__(self):
+        self.received = False
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.receive)
+
+    def receive(self, number, frame) -> None:
+        self.received = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+# ==== end shared ====
+
+
+# ======== 12. main ========
+
+# On resume these may not change: they decide tensor shapes, the replay layout, or what the numbers mean.
+FIXED = ("env_id", "seed", "num_envs", "grayscale", "action_repeat", "full_action_space", "precision", "buffer_size",
+         "batch_length", "stoch", "classes", "deter", "hidden", "cnn_depth", "layers", "units", "pred_discount")
+ACTING = ("world.encoder", "world.rssm", "behaviour.actor")  # what policy.pt holds
+
+
+# ==== shared: command line ====
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags, over the arguments of the resumed (or evaluated) run, or over the preset. Bad flags exit with status 2."""
+    # tyro's int rejects 1e6: write such whole numbers out before it looks
+    def whole(match: re.Match) -> str:
+        return f"{float(match[0]):.0f}" if float(match[0]) % 1 == 0 else match[0]
+
+    argv = [re.sub(r"(?<![^=])\d+(\.\d+)?[eE]\+?\d\d?$", whole, a) for a in (sys.argv[1:] if argv is None else argv)]
+    first = tyro.cli(Args, args=argv)
+    if first.eval_only and not (first.checkpoint and first.eval_episodes):
+        fail("--eval-only needs --checkpoint PATH and --eval-episodes")
+    run = Path(first.checkpoint) if first.eval_only else find_run(first)
+    if run is None:
+        return validate(replace(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[first.preset])), resume=""))
+    checkpoint = load_checkpoint(run, "policy.pt" if first.eval_only else "checkpoint.pt")
+    if not first.eval_only and "optimizer" not in checkpoint:
+        fail(f"{run} is a policy, not a run to resume; play with it by --eval-only --checkpoint {run}")
+    saved = {**checkpoint["args"], "resume": ""}
+    unknown = saved.keys() - {f.name for f in fields(Args)}
+    if unknown:
+        fail(f"{run} was made by another version of this script, with {sorted(unknown)}")
+    args = tyro.cli(Args, args=argv, default=Args(**saved))
+    for name, old in saved.items():
+        new, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if name in FIXED and new == "auto":
+            args = replace(args, **{name: old})  # auto is what the run has
+        elif name in FIXED and new != old and not (first.eval_only and name in ("seed", "num_envs", "precision")):
+            fail(f"{flag} cannot change on resume ({old} -> {new}); start a new run instead")
+        elif new != old and name not in ("resume", "eval_only", "checkpoint") and os.environ.get("RANK", "0") == "0":
+            print(f"resume: {flag} {old} -> {new}")
+    return validate(replace(args, resume="" if first.eval_only else str(run)))
+
+
+def check_numbers(args, may_be_zero: str) -> None:
+    """Counts are positive except those named, all other numbers finite and not negative."""
+    for f in fields(args):
+        value, positive = getattr(args, f.name), "int" in f.type and f.name not in may_be_zero.split()
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= positive):
+            if not isinstance(value, bool):
+                fail(f"--{f.name.replace('_', '-')} must be {'positive' if positive else 'zero or more'}, got {value}")
+# ==== end shared ====
+
+
+def validate(args: Args) -> Args:
+    """The arguments, if each makes sense and they fit together; else one line and exit status 2."""
+    check_numbers(args, "seed learning_starts eval_every video_every eval_episodes pretrain")
+    for name in ("ent_coef", "rho"):
+        try:
+            values = [schedule(getattr(args, name), step) for step in (0, args.total_timesteps)]
+            if not all(0 <= value < math.inf for value in values) or name == "rho" and max(values) > 1:
+                raise ValueError
+        except (ValueError, ArithmeticError):
+            fail(f"--{name.replace('_', '-')} must be a number (rho: 0 to 1) or a schedule such as "
+                 f"linear(1e-3,1e-4,1e6), got {getattr(args, name)!r}")
+    if min(args.imag_horizon, args.batch_length) < 2 or args.grad_clip == 0:
+        fail("--imag-horizon (H steps give H - 1 actor terms) and --batch-length are at least 2, --grad-clip positive")
+    if max(args.gamma, args.lam, args.kl_balance, args.slow_rate, args.sticky_actions) > 1:
+        fail("--gamma, --lam, --kl-balance, --slow-rate and --sticky-actions are at most 1")
+    if args.buffer_size // args.num_envs <= args.batch_length:
+        need = (args.batch_length + 1) * args.num_envs
+        fail(f"--batch-length {args.batch_length} needs {need} rows of --buffer-size")
+    return args
+
+
+def resolve(args: Args, device: torch.device) -> Args:
+    """Replace `auto` by what it stands for here, so that checkpoints and logs hold plain values."""
+    cuda, atari = device.type == "cuda", args.env_id.startswith("ALE/")
+    if args.buffer_device == "cuda" and not cuda:
+        fail("--buffer-device cuda needs --device cuda")
+    return replace(args,
+                   precision=args.precision if args.precision != "auto" else "bf16" if cuda else "fp32",
+                   compile=args.compile if args.compile != "auto" else "on" if cuda else "off",
+                   action_repeat=args.action_repeat or (4 if atari else 1))
+
+
+def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:
+    """Fields of a replay row: name -> (shape, dtype)."""
+    flag = ((), torch.bool)
+    obs = {k: (shape, torch.uint8) for k, shape in shapes.items()}
+    return dict(obs, reward=((), torch.float32), is_first=flag, is_last=flag, is_terminal=flag,
+                action=((agent.behaviour.action_dim,), torch.float32))
+
+
+def main(args: Args) -> None:
+    # ---- set-up: processes, device, environments, networks ----
+    rank, local_rank, world_size = start_ranks(args.device)
+    device = pick_device(args.device, local_rank)
+    args = resolve(args, device)
+    if args.num_envs % world_size or args.batch_size % world_size:
+        fail(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world_size} ranks")
+    num_envs, batch_size = args.num_envs // world_size, args.batch_size // world_size
+    length = args.batch_length
+    envs = make_envs(args, num_envs, args.seed + rank * num_envs)
+    torch.manual_seed(args.seed)  # the same weights on every rank
+    agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args).to(device)
+    if args.eval_only:
+        return play(agent, args, device)
+    if args.compile == "on":
+        agent.compile_regions()
+    optimizer = Optimizers(agent, args)
+
+    # ---- the state of a run: everything that a checkpoint holds ----
+    saved = load_checkpoint(Path(args.resume)) if args.resume else None
+    total = args.total_timesteps + args.total_timesteps // length + args.num_envs  # and the rows that reset
+    wanted = -(-min(args.buffer_size, total) // args.num_envs)
+    rows = saved["capacity"] if saved else max(args.batch_length + 1, wanted)
+    if rows <= args.batch_length:
+        fail(f"--batch-length {args.batch_length} is too long for this run's replay of {rows} rows")
+    specs = replay_specs(envs.shapes, agent, args)
+    place = replay_device(specs, rows * num_envs, args, device)
+    run, writer = start_run(args, saved and saved["step"]) if rank == 0 else ("", None)
+    run = Path(share_text(str(run)))
+    folder = run / f"replay{rank}"
+    folder.mkdir(exist_ok=True)
+    absent = [name for name in specs if saved and not (folder / f"{name}.npy").exists()]
+    if absent:
+        fail(f"replay of this run is not complete: no {folder / absent[0]}.npy")
+    options = dict(length=length, prioritize_ends=args.prioritize_ends)
+    replay = EpisodeReplay(specs, rows, num_envs, place, folder, **options)
+    ratio = Ratio(1 / args.train_every)
+    step, updates, metrics = 0, 0, {}
+    if saved:
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+        replay.load_state_dict(saved["replay"])
+        step, updates, ratio.previous = saved["step"], saved["updates"], saved["ratio"]
+        envs.seed += step  # other episodes than the first ones again
+    torch.manual_seed(args.seed + 1000 * rank + step)
+    if saved and rank == 0:
+        torch.set_rng_state(saved["rng"])
+        if device.type == "cuda" and saved["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_rng"], device)
+
+    def save() -> None:
+        check_finite(metrics, step, run)
+        replay.flush()
+        sum_ranks([0], device)  # wait until every rank has flushed
+        if rank == 0:
+            counters = dict(capacity=rows, updates=updates, ratio=ratio.previous)
+            save_run(run, args, step, agent, optimizer, replay, device, **counters)
+
+    def look(evaluation: bool, video: bool) -> None:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
+            if video and replay.episodes:
+                path = run / "videos" / f"dream_{step}.gif"
+                log_results(*open_loop_video(agent, replay, args), writer, path, "dream/open_loop", step)
+            if evaluation and args.eval_episodes:
+                path = run / "videos" / f"eval_{step}.gif"
+                log_results(*evaluate(agent, args, device, step), writer, path, "eval/episode", step)
+
+    if rank == 0:
+        modules = [*agent.world.named_children(), *agent.behaviour.named_children()]
+        counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in modules}
+        parts = ", ".join(f"{k} {v:,}" for k, v in counts.items() if v)
+        print(f"run directory: {run}\ndevice: {device}, {args.precision}, compile {args.compile}\n"
+              f"parameters: {sum(counts.values()):,} ({parts})\ngradient steps per policy step: {ratio.ratio:g} "
+              f"(batch {args.batch_size} x {args.batch_length}, after {args.learning_starts:,} random steps)")
+
+    # ---- the loop: step all environments, act, store, learn ----
+    stop, episodes, clock = StopSignal(), Episodes(num_envs), (time.time(), step, updates)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=rank > 0,
+               mininterval=1 if sys.stderr.isatty() else 10)  # shows steps/s and the measured time left
+    state, row = agent.initial(num_envs, device), envs.reset()
+    while step < args.total_timesteps:
+        arrived = dict(row, action=state["action"])  # with the action that led here
+        if step < args.learning_starts or not updates:
+            state = dict(agent.initial(num_envs, device), action=agent.behaviour.random_action(num_envs, device))
+        else:
+            state = agent.act(row, state)
+        state["action"] *= torch.as_tensor(~row["is_last"], device=device)[:, None]  # none follows an episode's end
+        action = state["action"].cpu().numpy()
+        replay.add(arrived)
+        decisions, stopping, ready = sum_ranks(
+            [int((~row["is_first"]).sum()), stop.received, bool(replay.episodes)], device)  # all ranks must agree
+        before, step = step, step + int(decisions)
+        for _, ret, steps in episodes.update(row):
+            if rank == 0:
+                tqdm.write(f"global_step={step}, episodic_return={ret:g}")
+                writer.add_scalar("charts/episodic_return", ret, step)
+                writer.add_scalar("charts/episodic_length", steps, step)
+
+        if step >= args.learning_starts and ready == world_size:
+            coefs = torch.tensor([schedule(text, step) for text in (args.ent_coef, args.rho)]).to(device)
+            for _ in range(ratio(step) + (0 if updates else args.pretrain)):
+                metrics = train_step(agent, optimizer, replay, batch_size, coefs)
+                updates += 1
+        elif step >= args.learning_starts and replay.unusable >= 100 and not (replay.episodes or updates):
+            fail(f"none of {replay.unusable} episodes can be replayed: shorter than --batch-length {length}, or "
+                 f"longer than the replay of {rows} rows")
+        bar.set_postfix(dict(ret=f"{episodes.last:.4g}", updates=updates), refresh=False)
+        bar.update(step - before)
+
+        def reached(every: int) -> bool:
+            return every > 0 and step // every > before // every
+
+        if rank == 0 and reached(args.log_every) and metrics:
+            seconds, steps, count = (new - old for new, old in zip((time.time(), step, updates), clock))
+            clock = (time.time(), step, updates)
+            scalars = {"charts/SPS": steps / max(seconds, 1e-9), "charts/UPS": count / max(seconds, 1e-9),
+                       "charts/frames": step * args.action_repeat, **check_finite(metrics, step, run)}
+            log_results(scalars, [], writer, run, "", step)
+        if reached(args.save_every) and step < args.total_timesteps or stopping:
+            save()
+        if stopping:
+            if rank == 0:
+                tqdm.write(f"saved at step {step}; continue with --resume {run}")
+            break
+        if rank == 0 and step < args.total_timesteps:
+            look(reached(args.eval_every), reached(args.video_every))
+        row = envs.step(action)
+    else:
+        save()
+        if rank == 0:
+            look(evaluation=True, video=True)
+    bar.close()
+    if rank == 0 and not updates:
+        print("no update was made: replay never held enough rows, or no episode that is long enough for --batch-length")
+    if writer:
+        writer.close()
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            fail(str(error))
+        fail(f"the disk is full ({error}); the last checkpoint is intact: free some space, then --resume")
