@@ -1,6 +1,7 @@
 """DreamerV2's update as one writes it first: every head and the prior inside the time loops, distribution objects,
 channels first, nothing hoisted, torch's allocation as it is. tests/test_dreamer_v2.py compares its losses with the
-script's. The weights are those of the script's modules, the noise is given, so both draw the same.
+script's: weights and optimisers are those of the script, and with given noise both draw the same. Its speed is
+measured as one writes it first: distributions that draw for themselves, torch's AdamW and clip_grad_norm_.
 
 `python tests/naive_dreamer_v2.py --batch-size 16 --batch-length 50` prints CPU ms per update; compare it with the
 cpu_ms_per_update of tests/benchmark.py and the same flags, run in turns on one machine."""
@@ -15,21 +16,37 @@ from torch.distributions import Independent, Normal, OneHotCategoricalStraightTh
 
 
 class Latent(Independent):
-    """S independent one-hot variables of K classes with straight-through samples from given exponential noise."""
+    """S independent one-hot variables of K classes with straight-through samples, from exponential noise if given."""
 
     def __init__(self, logits: torch.Tensor):
         super().__init__(OneHotCategoricalStraightThrough(logits=logits), 1)
 
-    def draw(self, noise: torch.Tensor) -> torch.Tensor:
+    def draw(self, noise: torch.Tensor | None) -> torch.Tensor:
+        if noise is None:
+            return self.rsample()
         probs = self.base_dist.probs
         return F.one_hot((probs / noise).argmax(-1), probs.shape[-1]) + (probs - probs.detach())
+
+
+class LibraryAdam:
+    """torch's AdamW behind the interface of the script's Adam, with the same rates (its epsilon differs slightly)."""
+
+    def __init__(self, net: nn.Module, lr: float, args):
+        self.params, self.clip = [p for p in net.parameters() if p.requires_grad], args.grad_clip
+        self.adam = torch.optim.AdamW(self.params, lr, eps=args.adam_eps, weight_decay=args.weight_decay / lr)
+
+    def step(self, loss: torch.Tensor) -> None:
+        self.adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.params, self.clip)
+        self.adam.step()
 
 
 class NaiveUpdate:
     """`step(batch, noise, coefs)` does what the script's `train_step` does after sampling; Reinforce only."""
 
-    def __init__(self, agent, optimizer):
-        self.agent, self.optimizer, self.world, self.behaviour = agent, optimizer, agent.world, agent.behaviour
+    def __init__(self, agent, optimizers: dict):
+        self.agent, self.optimizers, self.world, self.behaviour = agent, optimizers, agent.world, agent.behaviour
 
     def cell(self, deter, stoch, action):
         rssm = self.world.rssm
@@ -87,7 +104,8 @@ class NaiveUpdate:
         discounts = [(1 - is_terminal.flatten().to(feat.dtype)) * args.gamma]
         for action_noise, stoch_noise in zip(noise["action"], noise["prior"]):
             policy = OneHotCategoricalStraightThrough(logits=behaviour.actor(feats[-1].detach()))
-            actions.append(F.one_hot((policy.probs / action_noise).argmax(-1), action_noise.shape[-1]))
+            actions.append(policy.sample() if action_noise is None else
+                           F.one_hot((policy.probs / action_noise).argmax(-1), action_noise.shape[-1]))
             deter = self.cell(deter, stoch, actions[-1].to(deter.dtype))
             stoch = Latent(rssm.prior(deter)).draw(stoch_noise).flatten(1)
             feats.append(torch.cat([deter, stoch], -1))
@@ -107,13 +125,15 @@ class NaiveUpdate:
         value = Normal(behaviour.critic(feat[:-1])[..., 0], 1.0)
         return dict(policy=-(weight[:-2] * objective).mean(), value=-(weight[:-1] * value.log_prob(target)).mean())
 
-    def step(self, batch: dict, noise: dict, coefs: torch.Tensor) -> dict[str, float]:
+    def step(self, batch: dict, noise: dict | None, coefs: torch.Tensor) -> dict[str, float]:
         """One update -> its losses."""
+        steps, horizon = len(batch["reward"]), self.agent.args.imag_horizon
+        noise = noise or dict(post=[None] * steps, action=[None] * horizon, prior=[None] * horizon)
         total, losses, feat = self.world_loss(batch, noise["post"])
-        self.optimizer.parts["model"].step(total)
+        self.optimizers["model"].step(total)
         losses.update(self.behaviour_losses(feat, batch["is_terminal"], noise, coefs))
-        self.optimizer.parts["actor"].step(losses["policy"])
-        self.optimizer.parts["critic"].step(losses["value"])
+        self.optimizers["actor"].step(losses["policy"])
+        self.optimizers["critic"].step(losses["value"])
         self.behaviour.update_slow_critic()
         return {name: value.item() for name, value in losses.items()}
 
@@ -131,9 +151,12 @@ if __name__ == "__main__":
                                   device, None, length=args.batch_length, prioritize_ends=args.prioritize_ends)
     for _ in range(10 * args.batch_length):
         replay.add(next(rows))
-    naive, coefs = NaiveUpdate(agent, script.Optimizers(agent, args)), torch.tensor([1e-3, 0.9])
+    parts = dict(model=(agent.world, args.model_lr), actor=(agent.behaviour.actor, args.actor_lr),
+                 critic=(agent.behaviour.critic, args.critic_lr))
+    naive = NaiveUpdate(agent, {name: LibraryAdam(net, lr, args) for name, (net, lr) in parts.items()})
+    coefs = torch.tensor([1e-3, 0.9])
     for _ in range(5):
         start = time.process_time()
-        naive.step(replay.sample(args.batch_size), agent.noise(args.batch_size, device), coefs)
+        naive.step(replay.sample(args.batch_size), None, coefs)
         cpu_ms.append(1000 * (time.process_time() - start))
     print(f"naive update: {statistics.median(cpu_ms[1:]):.0f} CPU ms, median of {len(cpu_ms) - 1}")

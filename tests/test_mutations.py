@@ -210,6 +210,8 @@ MUTATIONS = dict(dreamer_v2=[
      "if episode[0] + episode[1] > self.rows - self.size]", RING, MIXED),
     ("forgotten when another ends", " or self.oldest < self.rows - self.size:", ":", RING, MIXED),
     ("a killed life's episodes are kept", "\n        self.refresh()\n", "\n", KILLED, dict(rows=60, more=10)),
+    ("an episode without its beginning is given", "self.begun = [-math.inf] * self.num_envs",
+     "self.begun = [self.rows - self.size] * self.num_envs", KILLED, dict(rows=60, more=4)),
     ("episodes are forgotten on resume", "        super().load_state_dict(state)\n",
      "        super().load_state_dict(dict(state, size=0))\n", KILLED, dict(rows=60, more=4)),
     # environment
