@@ -1461,8 +1461,8 @@ class StopSignal:
 # ======== 12. main ========
 
 # On resume these may not change: they decide tensor shapes, the replay layout, or what the numbers mean.
-FIXED = ("env_id", "seed", "num_envs", "grayscale", "action_repeat", "full_action_space", "precision", "buffer_size",
-         "batch_length", "stoch", "classes", "deter", "hidden", "cnn_depth", "layers", "units", "pred_discount")
+FIXED = ("env_id", "seed", "preset", "num_envs", "grayscale", "action_repeat", "full_action_space", "precision",
+         "buffer_size", "stoch", "classes", "deter", "hidden", "cnn_depth", "layers", "units", "pred_discount")
 ACTING = ("world.encoder", "world.rssm", "behaviour.actor")  # what policy.pt holds
 
 

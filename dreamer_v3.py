@@ -236,7 +236,6 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 # ======== 3. pure functions ========
 
 
-# ==== shared: symlog and two-hot ====
 def symlog(x: torch.Tensor) -> torch.Tensor:  # D1
     """sign(x) ln(|x| + 1), the squashing of vector inputs. Eq. 9 (arXiv:2301.04104v2)."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
@@ -273,7 +272,6 @@ def twohot_mean(logits: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
     probabilities first is exactly 0 for a uniform distribution (the middle bin is 0)."""
     probs, half = logits.softmax(-1), len(bins) // 2
     return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * bins[half + 1 :]).sum(-1)
-# ==== end shared ====
 
 
 # ==== shared: categorical latents ====
@@ -642,7 +640,6 @@ def replay_device(specs: dict, rows: int, args, device: torch.device) -> torch.d
 # ==== end shared ====
 
 
-# ==== shared: sequence replay ====
 class SequenceReplay(Storage):  # D9
     """Uniform sequences of endless streams that may cross episode borders. Source: `Replay`, `selectors.Uniform`.
 
@@ -690,7 +687,6 @@ def annotate(batch: dict) -> dict:
     first[0] = True
     last[:-1] |= first[1:]
     return dict(batch, is_first=first, is_last=last)
-# ==== end shared ====
 
 
 # ==== shared: update ratio ====
@@ -1580,8 +1576,8 @@ class StopSignal:
 # ======== 12. main ========
 
 # On resume these may not change: they decide tensor shapes, the replay layout, or what the numbers mean.
-FIXED = ("env_id", "seed", "num_envs", "grayscale", "action_repeat", "full_action_space", "precision", "buffer_size",
-         "size", "image_size", "pixels")  # D11
+FIXED = ("env_id", "seed", "preset", "num_envs", "grayscale", "action_repeat", "full_action_space", "precision",
+         "buffer_size", "size", "image_size", "pixels")  # D11
 ACTING = ("world.encoder", "world.rssm", "behaviour.actor")  # what policy.pt holds
 
 

@@ -22,6 +22,13 @@ PRESENT = ("total_timesteps", "exp_name", "buffer_size", "learning_starts", "bat
            "imag_horizon", "gamma", "lam", "ent_coef", "save_every", "eval_every", "eval_episodes", "video_every",
            "log_every")
 OFFICIAL = dict(
+    iris=dict(
+        total_timesteps=100_000, buffer_size=200_000, buffer_device="auto", image_size=64, sticky_actions=0,
+        life_loss=True, epoch_steps=200, epoch_updates=200, extra_epochs=100, learning_starts=1000, world_starts=5000,
+        behaviour_starts=10_000, tokenizer_batch=256, batch_size=64, batch_length=20, vocab_size=512, code_dim=512,
+        channels=64, res_blocks=2, perceptual_loss="auto", lpips_weights="", lpips_dropout=True, layers=10, heads=4,
+        width=256, dropout=0.1, lstm_units=512, imag_horizon=20, burn_in=20, gamma=0.995, lam=0.95, ent_coef=0.001,
+        epsilon=0.01, temperature=1, eval_temperature=0.5, lr=1e-4, weight_decay=0.01, grad_clip=10),
     dreamer_v2=dict(
         total_timesteps=50_000_000, grayscale=True, sticky_actions=0.25, full_action_space=False,
         reward_transform="tanh", buffer_size=2_000_000, buffer_device="auto", learning_starts=50_000, pretrain=1,

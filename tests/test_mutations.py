@@ -279,7 +279,7 @@ MUTATIONS = dict(dreamer_v2=[
     ("the slow critic's clock starts again", 'register_buffer("updates", ',
      'register_buffer(persistent=False, name="updates", tensor=', RESUMED, AGAIN),
     ("the same episodes again", "envs.seed += step", "envs.seed += 0", "test_resume:test_resumed_episodes_are_new"),
-    ("sequences of another length", '"batch_length", "stoch"', '"stoch"',
+    ("latents of another size", '"buffer_size", "stoch"', '"buffer_size"',
      "test_resume:test_resume_refuses_another_shape"),
     ("a policy without its actor", '"world.rssm", "behaviour.actor")', '"world.rssm")',
      "test_bad_input:test_policy_without_an_actor"),

@@ -26,6 +26,7 @@ one_script = pytest.mark.parametrize("name", NAMES[:1])  # for shared blocks, wh
 KILLS = int(os.environ.get("KILLS", 2))  # of test_kill_at_random_moments
 # seven steps an episode, the same every time; the ratio leaves a fraction of an update over
 SCRIPTED = {
+    "iris": dict(env_id="tiny:ScriptedImage-v0", epoch_steps=1),
     "dreamer_v2": dict(env_id="tiny:ScriptedImage-v0", train_every=5),
     "dreamer_v3": dict(env_id="envs:Scripted-v0", train_ratio=5.0),
 }
@@ -181,7 +182,7 @@ def test_checkpoints_are_plain_data(finished):
     for name, step in {"checkpoint.pt": 24, "checkpoint_prev.pt": 20, "policy.pt": 24, "policy_prev.pt": 20}.items():
         assert checkpoint(run, name)["step"] == step
     saved = checkpoint(run)
-    assert saved["ratio"] != saved["step"] and saved["rng"].dtype == torch.uint8
+    assert saved.get("ratio") != saved["step"] and saved["rng"].dtype == torch.uint8
     policy = checkpoint(run, "policy.pt")["agent"]
     assert policy and all(torch.equal(value, saved["agent"][key]) for key, value in policy.items())
     assert (run / "policy.pt").stat().st_size < (run / "checkpoint.pt").stat().st_size / 2
@@ -199,6 +200,14 @@ def check_rows(run: Path, kills: int = 0, replay: str = "replay0") -> dict:
     oldest = max(count - size, int(field["rows"][0]) - capacity)  # rows.npy is written ahead of the data
     rows = {k: v[np.arange(oldest, count) % capacity, 0] for k, v in field.items() if k != "rows"}
     step, code = rows["obs"][:, :2].T if "obs" in rows else rows["image"][:, 0, 0, :2].T
+    if "end" in rows:  # what came of the action stands beside it, and no frame beside an end
+        assert len(step) > 8 and np.array_equal(rows["reward"], step + 1) and np.array_equal(code == 0, step == 0)
+        assert np.array_equal(rows["end"], step == 6) and not step[1:][rows["end"][:-1]].any()
+        goes_on = step[1:] > 0
+        assert np.array_equal(step[1:][goes_on], step[:-1][goes_on] + 1)
+        assert np.array_equal(code[1:][goes_on], rows["action"][:-1][goes_on] + 1)
+        assert (~goes_on & ~rows["end"][:-1]).sum() <= kills, "an episode is abandoned at a kill only"
+        return saved
     assert len(step) > 8 and np.array_equal(rows["reward"], step)
     assert np.array_equal(rows["is_first"], step == 0) and np.array_equal(code == 0, step == 0)
     assert np.array_equal(rows["is_last"], step == 7) and np.array_equal(rows["is_terminal"], step == 7)
@@ -353,7 +362,7 @@ def test_resume_refuses_another_shape(finished, capsys):
     others = dict(env_id="CartPole-v1", seed=2, num_envs=2, precision="bf16", buffer_size=1000, action_repeat=2)
     others |= dict.fromkeys(("grayscale", "full_action_space", "pixels", "pred_discount"), "other")
     others |= dict.fromkeys(("image_size", "stoch", "classes", "deter", "hidden", "cnn_depth", "layers", "units"), 32)
-    others |= dict(size="size12m") | (dict(batch_length=5) if name in tiny.ARRIVAL else {})
+    others |= dict(size="size12m", preset="tiny")
     saved = checkpoint(run)["args"]
     for field in others.keys() & saved.keys():
         value = not saved[field] if isinstance(saved[field], bool) else others[field]

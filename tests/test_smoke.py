@@ -11,9 +11,10 @@ from conftest import ROOT, SCRIPTS, load
 from PIL import Image
 
 LOSSES = dict(
+    iris={"codebook", "commit", "image", "perceptual", "token", "reward", "end", "policy", "value", "entropy"},
     dreamer_v2={"image", "kl", "reward", "discount", "policy", "value"},
     dreamer_v3={"image", "dyn", "rep", "reward", "cont", "policy", "value", "repval"})
-UPDATES = dict(dreamer_v2=6, dreamer_v3=10)  # of the run below
+UPDATES = dict(iris=29, dreamer_v2=6, dreamer_v3=10)  # of the run below
 CHARTS = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/UPS", "charts/frames"}
 EVAL = {"eval/episodic_return", "eval/episodic_length", "eval/return_std"}
 DREAM = {"dream/image_error_posterior", "dream/image_error_imagined"}

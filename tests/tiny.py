@@ -12,9 +12,14 @@ COMMON = dict(env_id="envs:Catch-v0", device="cpu", total_timesteps=24, eval_epi
 SMALL = {
     "dreamer_v2": dict(deter=16, hidden=16, stoch=4, classes=4, cnn_depth=2, layers=1, units=16, batch_size=2,
                        batch_length=6, imag_horizon=5, learning_starts=8, train_every=4, eval_every=0),
+    "iris": dict(image_size=16, epoch_steps=2, epoch_updates=1, extra_epochs=0, learning_starts=4, world_starts=4,
+                 behaviour_starts=6, tokenizer_batch=2, batch_size=2, batch_length=7, vocab_size=8, code_dim=4,
+                 channels=4, res_blocks=1, layers=1, heads=1, width=8, lstm_units=8, imag_horizon=3, burn_in=2,
+                 eval_every=0, perceptual_loss="pixel"),
     "dreamer_v3": dict(size="size1m", image_size=16, batch_size=2, batch_length=8, learning_starts=16, train_ratio=16),
 }
 # whose replay keeps with an observation the action that led to it; for the others, the one that was chosen on it
+DISCRETE_ONLY = {"iris"}
 ARRIVAL = {"dreamer_v1", "dreamer_v2"}
 
 gymnasium.register("ScriptedImage-v0", entry_point=envs.Scripted, kwargs=dict(image=True))
