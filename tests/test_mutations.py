@@ -56,8 +56,18 @@ ADAM, ACTING2 = D + "test_optimiser_equals_its_scalar_form", D + "test_acting_is
 GREEDY = D + "test_evaluation_takes_the_mode_of_the_policy_and_samples_the_latent"
 REINFORCE, DYN = dict(discrete=True, grad="reinforce"), dict(discrete=False, grad="dynamics")
 ATARI = dict(domain="atari")
+TOKENIZER, DREAM_LOSSES = "test_iris:test_stop_gradients_of_the_tokenizer", "test_iris:test_behaviour_losses"
 
-MUTATIONS = dict(dreamer_v2=[
+MUTATIONS = dict(iris=[
+    ("the codebook loss moves the encoder", "codebook=(z.detach() - z_q)", "codebook=(z - z_q)", TOKENIZER),
+    ("the commitment moves the words", "commit=(z - z_q.detach())", "commit=(z - z_q)", TOKENIZER),
+    ("no straight-through gradient", "reconstruct(z + (z_q - z).detach())", "reconstruct(z_q)", TOKENIZER),
+    ("the actor trains its baseline", "ret - value[:-1].detach()", "ret - value[:-1]", DREAM_LOSSES),
+    ("gradient through the return", "value.detach(), end, self.args.gamma", "value, end, self.args.gamma",
+     DREAM_LOSSES),
+    ("bootstrap one step early", "live * (1 - lam) * value[1:]", "live * (1 - lam) * value[:-1]",
+     "test_iris:test_lambda_return_against_its_definition"),
+], dreamer_v2=[
     # pure functions
     ("alpha and 1 - alpha exchanged", "(1 - balance) * rep_loss + balance * dyn_loss",
      "balance * rep_loss + (1 - balance) * dyn_loss", KL2, dict(share=0.8)),
