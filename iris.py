@@ -38,7 +38,7 @@ Symbols  paper  code          shape                |  paper  code       shape
 Delta    another line than the Dreamers: no recurrent latent, no KL, no gradient through the world model.
 
 Differences from the official code, each on purpose:
-         - real frames are encoded once per epoch, not once per batch: the tokenizer does not change in between;
+         - real frames are encoded and decoded once per epoch, not once per batch: the tokenizer does not change there;
          - a frame's last token and the next action go through the Transformer together: same numbers, fewer passes;
          - the dream runs without gradient, the policy is then evaluated again on its frames: same gradients;
          - the last action of a dream is not given to the world model: its reward and end enter no loss;
@@ -590,7 +590,8 @@ class SegmentReplay(Storage):
     end is no frame of it. The running episode can be sampled too. A segment that reaches over a border of its episode
     is padded with zeros, and `mask` says where.
 
-    `tokens` are those of all frames, made by `tokenize` when the tokenizer is done with its epoch."""
+    When the tokenizer is done with its epoch, `tokenize` makes the field `tokens` of all frames; the field `recon`,
+    what they decode to, is made as it is asked for. Both are valid until the tokenizer is trained again."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -624,7 +625,8 @@ class SegmentReplay(Storage):
         step = start + torch.arange(length, device=self.device)[:, None]
         mask = (step >= 0) & (step < frames)
         index = (first + step.clamp(min=0).minimum(frames - 1)) % self.capacity * self.num_envs + env
-        found = {k: (self.tokens if k == "tokens" else self.data[k]).flatten(0, 1)[index] for k in names.split()}
+        found = {k: self.decoded(index) if k == "recon" else self.tokens[index] if k == "tokens" else
+                 self.data[k].flatten(0, 1)[index] for k in names.split()}
         return {k: v * mask.view(*mask.shape, *[1] * (v.dim() - 2)) for k, v in found.items()}, mask
 
     def sample(self, batch_size: int, length: int, names: str, last: bool = False) -> tuple[dict, torch.Tensor]:
@@ -646,11 +648,23 @@ class SegmentReplay(Storage):
 
     @torch.no_grad()
     def tokenize(self, tokenizer: Tokenizer, device: torch.device, chunk: int = 256) -> None:
-        """Encode every frame in replay: its tokens stay the same until the tokenizer is trained again."""
-        held = min(self.rows, self.capacity)
-        images = self.data["image"].flatten(0, 1)[: held * self.num_envs].split(chunk)
-        tokens = torch.cat([tokenizer.encode(to_frames(x.to(device))).to(self.device, torch.int16) for x in images])
-        self.tokens = tokens.view(held, self.num_envs, -1)
+        """Encode every frame in replay."""
+        held = min(self.rows, self.capacity) * self.num_envs
+        images = self.data["image"].flatten(0, 1)[:held].split(chunk)
+        self.tokens = torch.cat([tokenizer.encode(to_frames(x.to(device))).to(self.device) for x in images])
+        self.known = torch.zeros(held, dtype=torch.bool, device=self.device)
+        self.recon = None
+        self.decode = lambda tokens: tokenizer.decode(tokens.to(device)).to(self.device)
+
+    @torch.no_grad()
+    def decoded(self, index: torch.Tensor) -> torch.Tensor:
+        """Reconstructions (...,C,Y,X) of the frames at these flat positions, each decoded when first asked for."""
+        for new in index[~self.known[index]].unique().split(256):
+            frames = self.decode(self.tokens[new])
+            if self.recon is None:
+                self.recon = frames.new_empty((len(self.tokens), *frames.shape[1:]))
+            self.recon[new], self.known[new] = frames, True
+        return self.recon[index]
 
     def state_dict(self) -> dict:
         return dict(super().state_dict(), episodes=self.episodes)
@@ -957,13 +971,13 @@ class WorldModel(nn.Module):
         errors = [F.cross_entropy(x.mT, y, reduction="none") for x, y in zip(logits, labels)]
         errors[1] = errors[1] + 0 * batch["reward"]  # the sign of NaN is 0: do not let it go unnoticed
         losses = {k: masked_mean(*pair) for k, pair in zip(("token", "reward", "end"), zip(errors, masks))}
-        return losses, self.diagnose([error.detach() for error in errors], labels, masks)
+        return losses, self.diagnose([error.detach() for error in errors], batch["tokens"], labels, masks)
 
-    def diagnose(self, errors: list, labels: tuple, masks: tuple) -> dict:
-        """Where the losses come from; the sums hide what matters: tokens that change, rewards, ends."""
-        count = self.tokens
-        changed = (labels[0][:, count - 1 :] != F.pad(labels[0], (1, 0))[:, : -count]) & masks[0][:, count - 1 :]
-        return {"wm/token_loss_changed": masked_mean(errors[0][:, count - 1 :], changed),
+    def diagnose(self, errors: list, tokens: torch.Tensor, labels: tuple, masks: tuple) -> dict:
+        """Where the losses come from; the sums hide what matters: tokens (B,T,K) that change, rewards, ends."""
+        first = self.tokens - 1  # label of the second frame's first token
+        changed = (tokens[:, 1:] != tokens[:, :-1]).flatten(1) & masks[0][:, first:]
+        return {"wm/token_loss_changed": masked_mean(errors[0][:, first:], changed),
                 "wm/reward_loss_nonzero": masked_mean(errors[1], masks[1] & (labels[1] != 1)),
                 "wm/end_loss_end": masked_mean(errors[2], masks[2] & (labels[2] == 1))}
 
@@ -990,25 +1004,23 @@ class Dream:
         self.written += x.shape[1]
         return y[:, -1]
 
-    def step(self, action: torch.Tensor, noise: dict, last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, action: torch.Tensor, noise: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Action (B,), noise {token (K,B,V), reward (B,3), end (B,2)} -> reward, end (B,), both drawn, not expected
-        (official); the next frame is in `tokens`, unless this is the last step.
+        (official); the next frame is in `tokens`.
 
         When the context is full, memory is cut down to the present frame (official), at position 0 again. That never
         happens within H = T frames: K + (H-1)(K+1) + 1 = T(K+1)."""
         world = self.world
-        if self.size + (1 if last else 1 + world.tokens) > world.positions:
+        if self.size + 1 + world.tokens > world.positions:
             self.written, self.waiting = 0, self.tokens
         y = self.forward(torch.cat([world.token(self.waiting), world.action(action)[:, None]], 1))
         reward, end = sample(world.reward_head(y), noise["reward"]) - 1, sample(world.end_head(y), noise["end"])
         tokens = []
-        for k in range(0 if last else world.tokens):
+        for k in range(world.tokens):
             # the output at the action predicts the next frame's token 0, that at token k its token k + 1
             y = self.forward(world.token(tokens[-1])) if k else y
             tokens.append(sample(world.token_head(y), noise["token"][k])[:, None])
-        if tokens:
-            self.tokens = torch.cat(tokens, 1)
-        self.waiting = self.tokens[:, -1:] if tokens else self.tokens[:, :0]
+        self.tokens, self.waiting = torch.cat(tokens, 1), tokens[-1]
         return reward, end
 
 
@@ -1055,25 +1067,25 @@ class Behaviour(nn.Module):
         return {k: torch.empty(shape, device=device).exponential_() for k, shape in shapes.items()}
 
     @torch.no_grad()  # REINFORCE needs no gradient through the dream; the policy is evaluated again for its own
-    def imagine(self, tokenizer: Tokenizer, world: WorldModel, tokens, mask, noise: dict) -> dict:
-        """Real tokens (burn_in+1,B,K), mask (burn_in+1,B) -> frames (H,B,C,Y,X), action (H,B), reward, end (H-1,B), and
-        the policy's state at the start, hidden, cell (B,units).
+    def imagine(self, tokenizer: Tokenizer, world: WorldModel, recon, mask, tokens, noise: dict) -> dict:
+        """Reconstructions (burn_in+1,B,C,Y,X) of real frames, mask (burn_in+1,B), tokens (B,K) of the last of them ->
+        frames (H,B,C,Y,X), action (H,B), reward, end (H-1,B), and the policy's state at the start, hidden, cell
+        (B,units).
 
         The LSTM is warmed up on the real frames but the last, which is where the dream begins: the Transformer sees
         nothing before it. Sampled ends change nothing here (official); the return takes them into account."""
-        start = state = self.initial(tokens.shape[1], tokens.device)
-        if len(tokens) > 1:
-            seen = torch.stack([tokenizer.decode(step) for step in tokens[:-1]])
-            _, _, start = _, _, state = self(seen, start, mask[:-1])
-        dream, out = Dream(world, tokens[-1]), dict(frames=[], action=[], reward=[], end=[])
+        start, frames = self.initial(len(tokens), tokens.device), recon[-1]
+        if len(recon) > 1:
+            _, _, start = self(recon[:-1], start, mask[:-1])
+        state, dream, out = start, Dream(world, tokens), dict(frames=[], action=[], reward=[], end=[])
         for t, action_noise in enumerate(noise["action"]):
-            frames = tokenizer.decode(dream.tokens)
             logits, _, state = self(frames[None], state)
             action = sample(logits[0], action_noise)
             out["frames"].append(frames), out["action"].append(action)
             if t < len(noise["reward"]):  # the last frame is only valued
                 reward, end = dream.step(action, {k: noise[k][t] for k in ("token", "reward", "end")})
                 out["reward"].append(reward), out["end"].append(end)
+                frames = tokenizer.decode(dream.tokens)
         return dict({k: torch.stack(v) for k, v in out.items()}, hidden=start[0], cell=start[1])
 
     def losses(self, logits, value, action, reward, end) -> tuple[dict, dict]:
@@ -1222,6 +1234,7 @@ class Agent(nn.Module):
         self.world = WorldModel(height // 16 * (width // 16), action_dim, args)
         self.behaviour = Behaviour(shapes["image"], action_dim, args)
         self.dream = self.imagine
+        self.to(memory_format=torch.channels_last)  # convolutions and pooling are faster
 
     def initial(self, num_envs: int, device: torch.device) -> dict:
         """Policy state before the first observation."""
@@ -1256,35 +1269,36 @@ class Agent(nn.Module):
         return dict(state, hidden=hidden, cell=cell)
 
     def imagine(self, inputs: dict) -> dict:
-        """Tokens, mask and noise as one dict of tensors -> a batch of dreams."""
+        """What `Behaviour.imagine` takes as one dict of tensors -> a batch of dreams."""
         with autocast(self.args, inputs["tokens"].device):
-            return self.behaviour.imagine(self.tokenizer, self.world, inputs["tokens"], inputs["mask"], inputs)
+            return self.behaviour.imagine(self.tokenizer, self.world, *(inputs[k] for k in ("recon", "mask", "tokens")),
+                                          inputs)
 
-    def compile_regions(self, device: torch.device) -> None:
+    def compile_regions(self) -> None:
         """Compile what is large, with its gradient; record what is many small steps."""
         self.tokenizer.loss = torch.compile(self.tokenizer.loss, dynamic=False)
         self.world.logits = torch.compile(self.world.logits, dynamic=False)
-        self.dream = Recorded(self.imagine) if device.type == "cuda" else self.imagine
+        self.dream = Recorded(self.imagine) if self.world.rows.is_cuda else self.imagine
 
 
 def train_step(part: str, agent: Agent, optimizers: Optimizers, replay: SegmentReplay, batch_size: int,
                perceptual=None) -> dict:
-    """One update of one part: sample, loss, backward, optimiser. No host reads; -> metrics ()."""
+    """One update of one part: sample, loss, backward, optimiser; -> metrics (). No host reads, except for the question
+    which frames are still to be decoded."""
     args, device = agent.args, agent.world.rows.device
     length, names, last = dict(
         tokenizer=(1, "image", False), world=(args.batch_length, "tokens action reward end", False),
-        behaviour=(args.burn_in + 1, "tokens", True))[part]
+        behaviour=(args.burn_in + 1, "recon tokens", True))[part]
     batch, mask = replay.sample(batch_size, length, names, last)
     batch, mask = {k: v.to(device, non_blocking=True) for k, v in batch.items()}, mask.to(device, non_blocking=True)
     if part == "behaviour":
         noise = agent.behaviour.noise(agent.world.tokens, batch_size, device)
-        dream = agent.dream(dict(noise, tokens=batch["tokens"].long(), mask=mask))
+        dream = agent.dream(dict(noise, recon=batch["recon"], mask=mask, tokens=batch["tokens"][-1]))
     with autocast(args, device):
         if part == "tokenizer":
             losses, metrics = agent.tokenizer.loss(to_frames(batch["image"][0]), perceptual)
         elif part == "world":
-            batch.update(tokens=batch["tokens"].long(), action=batch["action"].long())
-            losses, metrics = agent.world.loss(batch, mask, args.dropout)
+            losses, metrics = agent.world.loss(dict(batch, action=batch["action"].long()), mask, args.dropout)
         else:
             losses, metrics = agent.behaviour.loss(dream)
     norm = optimizers.step(part, sum(losses.values()))
@@ -1647,7 +1661,7 @@ def main(args: Args) -> None:
         return play(agent, whole_games, device)
     args, perceptual = choose_perceptual(args, envs.shapes["image"][-1], device)
     if args.compile == "on":
-        agent.compile_regions(device)
+        agent.compile_regions()
     optimizers = Optimizers(agent, args)
 
     # ---- the state of a run: everything that a checkpoint holds ----

@@ -1,11 +1,13 @@
 """Speed of one script: `python tests/benchmark.py dreamer_v3.py [--updates 20] [--threads 1] [--real 60] [its flags]`.
 
 Times complete updates (replay sampling, loss, backward, optimiser, slow critic, write-back) on seeded random data in a
-real replay, the policy step, and the Atari environment alone; with --real also that many seconds of real training.
-Prints one line for people and one JSON line. Compare only figures of one run on one machine."""
+real replay, the policy step, and the Atari environment alone; with --real also that many seconds of real training. For
+iris.py, of each part by itself, after all frames were encoded and decoded, which happens once per epoch and is timed
+too. Prints one line for people and one JSON line. Compare only figures of one run on one machine."""
 
 import argparse
 import json
+import math
 import platform
 import resource
 import statistics
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +77,28 @@ def synthetic_rows(replay, episode: int, seed: int, classes: int = 2):
         count += 1
 
 
+def make_parts(script, agent, shapes: dict, args, device: torch.device):
+    """The same for iris.py -> ({part: its update}, endless rows, once per epoch: encode and decode all frames)."""
+    frames, rng = 10 * args.batch_length, np.random.default_rng(args.seed)
+    replay = script.SegmentReplay(script.replay_specs(shapes, agent, args), frames, 1, device, None)
+    rows = iter(lambda: dict(image=rng.integers(0, 256, (1, *shapes["image"]), np.uint8), is_first=[False],
+                             is_last=[False]), None)  # fmt: skip
+    for t in range(frames):
+        outcome = dict(reward=rng.integers(-1, 2, 1), is_last=[t % (5 * args.batch_length) == 0])
+        replay.add(next(rows), rng.integers(agent.behaviour.action_dim, size=1), outcome)
+
+    def once() -> int:
+        replay.tokenize(agent.tokenizer, device)
+        replay.decoded(torch.arange(frames, device=device))
+        return frames
+
+    args, perceptual = script.choose_perceptual(args, shapes["image"][-1], device)
+    optimizers, batch = script.Optimizers(agent, args), dict(tokenizer=args.tokenizer_batch)
+    parts = {part: partial(script.train_step, part, agent, optimizers, replay, batch.get(part, args.batch_size),
+                           perceptual) for part in script.PARTS}  # fmt: skip
+    return parts, rows, once
+
+
 def make_update(script, agent, shapes: dict, args, device: torch.device):
     """What an update needs, as main makes it -> (complete update without arguments, endless replay rows)."""
     specs = script.replay_specs(shapes, agent, args)
@@ -121,58 +146,21 @@ def main() -> None:
     device = script.pick_device(args.device)
     args = script.resolve(args, device)
     torch.manual_seed(args.seed)
-    size = getattr(args, "image_size", 64)
-    shapes, discrete, actions = {"image": (size, size, 1 if args.grayscale else 3)}, True, 6
+    size, gray = getattr(args, "image_size", 64), getattr(args, "grayscale", False)
+    shapes, discrete, actions = {"image": (size, size, 1 if gray else 3)}, True, 6
     if not args.env_id.startswith("ALE/"):
         envs = script.make_envs(args, 1, args.seed)
         shapes, discrete, actions = envs.shapes, envs.discrete, envs.action_dim
     agent = script.Agent(shapes, actions, discrete, args).to(device)
-    update, rows = make_update(script, agent, shapes, args, device)
-    update()
-    with FlopCounterMode(display=False) as flops, CountDispatches() as dispatches:
-        update()
-    start = time.perf_counter()
-    if args.compile == "on":
-        agent.compile_regions()
-    for _ in range(3):
-        update()
-    warmup = time.perf_counter() - start
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    ms = timed(update, device, own.updates)
-    row, state = next(rows), agent.initial(args.num_envs, device)
-    acting = timed(lambda: agent.act(row, state)["action"].cpu(), device, 50)
-    gflop, median = flops.get_total_flops() / 1e9, statistics.median(ms["wall"])
-    low, *_, high = statistics.quantiles(ms["wall"], n=10)
-    result = dict(
+    shared = dict(
         script=Path(own.file).name,
         size=getattr(args, "size", None),
-        batch=[args.batch_size, args.batch_length, args.imag_horizon],
-        ms_per_update=median,
-        ms_p10=low,
-        ms_p90=high,
-        cpu_ms_per_update=statistics.median(ms["cpu"]),
-        host_ms_per_update=statistics.median(ms["host"]),
-        updates_per_s=1e3 / median,
-        replayed_frames_per_s=1e3 * args.batch_size * args.batch_length / median,
-        act_ms=statistics.median(acting["wall"]),
-        env_steps_per_s_acting=1e3 * args.num_envs / statistics.median(acting["wall"]),
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        peak_mem_alloc_mb=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
-        warmup_s=warmup,
-        warmup_updates=3,
-        dispatches_per_update=dispatches.count,
-        gflop_per_update=gflop,
-        cpu_ms_per_gflop=statistics.median(ms["cpu"]) / gflop,
-        tflops=gflop / median,
-        mfu=gflop / median / own.peak_tflops if own.peak_tflops else None,
         params=sum(p.numel() for p in agent.parameters() if p.requires_grad),
         precision=args.precision,
         compile=args.compile,
         threads=own.threads,
         torch=torch.__version__,
         seed=args.seed,
-        final_loss=next(float(v) for k, v in update().items() if k in ("losses/dyn", "losses/kl")),
         device_name=torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else platform.processor() or platform.machine(),
@@ -180,20 +168,80 @@ def main() -> None:
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip(),
     )
+    if hasattr(script, "PARTS"):
+        updates, rows, once = make_parts(script, agent, shapes, args, device)
+        once()
+        epoch = timed(once, device, 3)
+        shared["encode_and_decode_ms_per_frame"] = statistics.median(epoch["wall"]) / once()
+    else:
+        update, rows = make_update(script, agent, shapes, args, device)
+        updates = {"update": update}
+    row, state = next(rows), agent.initial(args.num_envs, device)
+    acting = timed(lambda: agent.act(row, state)["action"].cpu(), device, 50)
+    shared["act_ms"] = statistics.median(acting["wall"])
+    shared["env_steps_per_s_acting"] = 1e3 * args.num_envs / shared["act_ms"]
     if args.env_id.startswith("ALE/"):
         envs = script.make_envs(args, args.num_envs, args.seed)
         envs.reset()
         action = np.eye(envs.action_dim)[np.zeros(args.num_envs, int)]
-        result["env_only_steps_per_s"] = (
+        shared["env_only_steps_per_s"] = (
             1e3 * args.num_envs / statistics.median(timed(lambda: envs.step(action), device, 300)["wall"])
         )
     if own.real:
-        result["end_to_end_steps_per_s"] = real_training(own, flags)
+        shared["end_to_end_steps_per_s"] = real_training(own, flags)
+    counts = {}
+    for name, update in updates.items():  # before anything is compiled
+        update()
+        with FlopCounterMode(display=False) as flops, CountDispatches() as dispatches:
+            update()
+        counts[name] = flops.get_total_flops() / 1e9, dispatches.count
+    if args.compile == "on":
+        agent.compile_regions()
+    for name, update in updates.items():
+        report(own, args, device, name, update, *counts[name], shared)
+
+
+def report(own, args, device: torch.device, name: str, update, gflop: float, dispatches: int, shared: dict) -> None:
+    """Time one kind of update and print what was found."""
+    start = time.perf_counter()
+    for _ in range(3):
+        update()
+    warmup = time.perf_counter() - start
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    ms = timed(update, device, own.updates)
+    median = statistics.median(ms["wall"])
+    low, *_, high = statistics.quantiles(ms["wall"], n=10)
+    batch = [args.tokenizer_batch] if name == "tokenizer" else [args.batch_size, args.batch_length, args.imag_horizon]
+    losses = ("losses/dyn", "losses/kl", "losses/image", "losses/token", "losses/value")
+    metrics = update()
+    result = dict(
+        shared,
+        update=name,
+        batch=batch,
+        ms_per_update=median,
+        ms_p10=low,
+        ms_p90=high,
+        cpu_ms_per_update=statistics.median(ms["cpu"]),
+        host_ms_per_update=statistics.median(ms["host"]),
+        updates_per_s=1e3 / median,
+        replayed_frames_per_s=1e3 * math.prod(batch[:2]) / median,
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        peak_mem_alloc_mb=torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+        warmup_s=warmup,
+        warmup_updates=3,
+        dispatches_per_update=dispatches,
+        gflop_per_update=gflop,
+        cpu_ms_per_gflop=statistics.median(ms["cpu"]) / gflop,
+        tflops=gflop / median,
+        mfu=gflop / median / own.peak_tflops if own.peak_tflops else None,
+        final_loss=next(float(metrics[k]) for k in losses if k in metrics),
+    )
     print(
-        f"{result['script']} {result['size'] or 'default'} B{args.batch_size}xT{args.batch_length} {device.type} "
+        f"{result['script']} {result['size'] or 'default'} B{'xT'.join(map(str, batch[:2]))} {device.type} "
         f"{args.precision}, compile {args.compile}: "
-        f"{median:.1f} ms per update ({result['cpu_ms_per_update']:.1f} CPU ms), {gflop:.1f} GFLOP, "
-        f"{dispatches.count} dispatches, act {result['act_ms']:.2f} ms, peak {result['peak_rss_mb']:.0f} MB"
+        f"{median:.1f} ms per {name} ({result['cpu_ms_per_update']:.1f} CPU ms), {gflop:.1f} GFLOP, "
+        f"{dispatches} dispatches, act {result['act_ms']:.2f} ms, peak {result['peak_rss_mb']:.0f} MB"
     )
     print(json.dumps(result))
 

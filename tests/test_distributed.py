@@ -155,10 +155,64 @@ def work_v3(script, rank: int) -> dict:
     yield result | dict(after=state(agent), optimizer=optimizer.state_dict(), loss=metrics["losses/dyn"])
 
 
-# ---- both: what two processes find ----
+# ---- iris: three optimisers, one part of the agent each; means over masks ----
 
-JOINT = dict(dreamer_v2=gradients_v2, dreamer_v3=gradients_v3)
-WORK = dict(dreamer_v2=work_v2, dreamer_v3=work_v3)
+
+def gradients_iris(script, rank: int | None = None) -> dict[str, torch.Tensor]:
+    """One train_step of each part in float64 on the joint batch, or on one rank's shard: gradient norms, and gradients
+    by parameter, after clipping, as Adam's first moment shows them. The shards' episodes differ in length."""
+    def take(x, axis=1):
+        return x if rank is None else x.chunk(RANKS, axis)[rank]
+    torch.manual_seed(0)
+    agent = tiny.agent(script, batch_size=BATCH, batch_length=STEPS, grad_clip=0.01, dropout=0.0).double()
+    optimizers, shape, first = script.Optimizers(agent, agent.args), (STEPS, BATCH), agent.args.burn_in + 1
+    fields = dict(
+        image=torch.randint(256, (1, BATCH, *tiny.IMAGE["image"]), dtype=torch.uint8),
+        tokens=torch.randint(8, (*shape, agent.world.tokens)), action=torch.randint(3, shape),
+        reward=torch.randint(-1, 2, shape).double(), end=torch.rand(shape) < 0.3,
+        recon=torch.rand(first, BATCH, 3, 64, 64).double())
+    right = torch.arange(STEPS)[:, None] < torch.tensor([5, 2, 4, 1])
+    left = torch.arange(first)[:, None] >= torch.tensor([0, 2, 1, 0])
+    noise = agent.behaviour.noise(agent.world.tokens, BATCH, CPU)
+    agent.behaviour.noise = lambda *_: {k: take(v.double(), 2 if k == "token" else 1) for k, v in noise.items()}
+
+    def sample(batch_size, length, names, last):
+        return {k: take(fields[k][:length]) for k in names.split()}, take((left if last else right)[:length])
+
+    found = {}
+    for part in script.PARTS:
+        count = BATCH if rank is None else BATCH // RANKS
+        replay = SimpleNamespace(sample=sample)
+        found |= script.train_step(part, agent, optimizers, replay, count, script.pixel_distance)
+        for name, p in getattr(agent, part).named_parameters():
+            found[f"{part} {name}"] = optimizers.parts[part].state[p]["exp_avg"].clone()
+    return {k: v for k, v in found.items() if "/" not in k or "grad/" in k}
+
+
+def work_iris(script, rank: int) -> dict:
+    own = gradients_iris(script, rank)
+    yield
+    result = dict(own=own, mean=gradients_iris(script, rank))
+    torch.manual_seed(0)
+    agent = tiny.agent(script)
+    result["before"] = state(agent)
+    replay = script.SegmentReplay(script.replay_specs(tiny.IMAGE, agent, agent.args), 30, 1, CPU, None)
+    optimizers = script.Optimizers(agent, agent.args)
+    torch.manual_seed(rank)  # each rank its own experience and its own noise, as in main
+    for t in range(30):
+        row = dict(image=torch.randint(256, (1, *tiny.IMAGE["image"]), dtype=torch.uint8), is_last=[False])
+        replay.add(row, torch.randint(3, (1,)), dict(reward=torch.randn(1), is_last=[t % 9 == 8]))
+    for part in script.PARTS * 2:
+        replay.tokenize(agent.tokenizer, CPU)
+        metrics = script.train_step(part, agent, optimizers, replay, 2)
+        result["loss"] = metrics.get("losses/token", result.get("loss"))
+    yield result | dict(after=state(agent), optimizer=optimizers.state_dict())
+
+
+# ---- all three: what two processes find ----
+
+JOINT = dict(dreamer_v2=gradients_v2, dreamer_v3=gradients_v3, iris=gradients_iris)
+WORK = dict(dreamer_v2=work_v2, dreamer_v3=work_v3, iris=work_iris)
 
 
 def worker(rank: int, folder: str, name: str) -> None:

@@ -442,7 +442,10 @@ def dreamer(agent, pictures):
     frames = torch.stack([pictures.roll(3 * i, -1) for i in range(21)]) * mask[..., None, None, None]
     with torch.no_grad():
         tokens = torch.stack([agent.tokenizer.encode(x) for x in frames])
-    yield SimpleNamespace(agent=agent.float(), tokens=tokens, mask=mask)
+    agent.float()
+    with torch.no_grad():
+        recon = torch.stack([agent.tokenizer.decode(x) for x in tokens])
+    yield SimpleNamespace(agent=agent, recon=recon, tokens=tokens[-1], mask=mask)
     agent.double()
     with torch.no_grad():
         for layer, scale in zip(heads, scales):
@@ -468,9 +471,13 @@ def test_imagine(dreamer, monkeypatch):
     agent, steps, dreams, init = dreamer.agent, watch_dreams(monkeypatch), [], iris.Dream.__init__
     monkeypatch.setattr(iris.Dream, "__init__", lambda self, *args: dreams.append(self) or init(self, *args))
     noise = greedy(agent.world, 2, 20)
-    out = agent.behaviour.imagine(agent.tokenizer, agent.world, dreamer.tokens, dreamer.mask, noise)
+    out = agent.behaviour.imagine(agent.tokenizer, agent.world, dreamer.recon, dreamer.mask, dreamer.tokens, noise)
+    dream, world = dreams[0], agent.world
     with torch.no_grad():
-        last = dreams[0].step(out["action"][-1], {k: v[0] for k, v in noise.items()}, last=True)
+        action = world.action(out["action"][-1])[:, None]
+        y, before = dream.forward(torch.cat([world.token(dream.waiting), action], 1)), dream.written
+    last = world.reward_head(y).argmax(-1) - 1, world.end_head(y).argmax(-1)
+    steps.append((before - 1, before, None))
     reward, end = (torch.cat([out[k], x[None]]) for k, x in zip(("reward", "end"), last))
     same(out["action"].T, "imagine/actions")
     same(reward.T, "imagine/rewards")
@@ -501,7 +508,7 @@ def test_imagine_beyond_the_context(dreamer, monkeypatch):
     """Horizon 23: after 19 steps the memory is cut down to one frame."""
     agent, steps = dreamer.agent, watch_dreams(monkeypatch)
     noise = greedy(agent.world, 2, 23)
-    out = agent.behaviour.imagine(agent.tokenizer, agent.world, dreamer.tokens, dreamer.mask, noise)
+    out = agent.behaviour.imagine(agent.tokenizer, agent.world, dreamer.recon, dreamer.mask, dreamer.tokens, noise)
     _, value, _ = agent.behaviour(out["frames"], (out["hidden"], out["cell"]))
     same(out["action"].T, "imagine/actions_h23")
     close(value.T, "imagine/values_h23", 1e-3)

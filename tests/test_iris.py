@@ -1,9 +1,12 @@
 """iris.py: what its tokenizer, Transformer, dreams and losses must do, and when each is trained."""
+import itertools
 import os
 import signal
 from collections import Counter
 from dataclasses import replace
 
+import envs
+import gymnasium
 import numpy as np
 import pytest
 import tiny
@@ -18,6 +21,7 @@ CPU = torch.device("cpu")
 SHAPES = {"image": (32, 32, 3)}  # four tokens a frame
 SMALL = dict(vocab_size=11, code_dim=6, channels=4, res_blocks=1, layers=2, heads=2, width=8, lstm_units=5,
              batch_length=4, imag_horizon=4, burn_in=3, precision="fp32")
+gymnasium.register("Uneven-v0", lambda lengths=itertools.cycle([3, 5]): envs.Scripted(next(lengths), image=True))
 
 
 def agent(dtype=torch.float64, **changes):
@@ -114,6 +118,23 @@ def test_nearest_code():
     assert m.nearest_code(z[:1], z[:1].expand(3, -1)).item() == 0, "of equals the lowest"
 
 
+def test_nearest_code_under_autocast():
+    """Words that lie close together are told apart: no bf16 here."""
+    torch.manual_seed(0)
+    z = torch.randn(50, 6)
+    words = z[:1] + 0.01 * torch.randn(9, 6)
+    plain = m.nearest_code(z, words)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(m.nearest_code(z, words), plain) and len(plain.unique()) > 3
+
+
+def test_decoded_frames_are_clamped():
+    """To [0,1], from the decoder's [-1,1] and beyond."""
+    tokenizer = agent().tokenizer
+    tokenizer.reconstruct = lambda words: torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])
+    assert tokenizer.decode(tokens_of(agent(), 1)).tolist() == [0, 0, 0.5, 1, 1]
+
+
 # ---- losses ----
 
 
@@ -138,6 +159,15 @@ def test_stop_gradients_of_the_tokenizer():
     torch.testing.assert_close(grads("commit")[0], 2 * (z - z_q) / z.numel())
 
 
+def test_perceptual_term():
+    """The mean over images of a distance between reconstruction and target, both in [-1,1]."""
+    frames, seen = torch.rand(2, 3, 32, 32, dtype=torch.float64), []
+    losses, _ = agent().tokenizer.loss(frames, lambda *pair: seen.append(pair) or torch.tensor([1.0, 3.0]))
+    (recon, target), = seen
+    assert losses["perceptual"] == 2 and torch.equal(target, 2 * frames - 1)
+    assert losses["image"] == (recon - target).abs().mean()
+
+
 def test_each_part_trains_itself_only():
     """Which loss reaches which parameters; all of its own, and exactly none of the others."""
     a, replay = agent(torch.float32), filled_replay()
@@ -151,6 +181,44 @@ def test_each_part_trains_itself_only():
         assert moved == own, moved ^ own
         assert all(p.grad is None for p in a.parameters()) and metrics[f"grad/{part}"] > 0
     assert not any(p.requires_grad for p in m.LPIPS().parameters())
+
+
+def test_only_the_transformer_decays():
+    """Of three Adams with the same rates."""
+    groups = {k: v.param_groups for k, v in m.Optimizers(agent(), m.Args()).parts.items()}
+    assert {k: [group["weight_decay"] for group in v] for k, v in groups.items()} == dict(
+        tokenizer=[0], world=[0.01, 0], behaviour=[0])
+    for group in sum(groups.values(), []):
+        assert (group["lr"], group["betas"], group["eps"]) == (1e-4, (0.9, 0.999), 1e-8)
+
+
+def test_gradients_are_averaged_then_clipped(monkeypatch):
+    """Each part by itself; the norm is the one before clipping."""
+    a = agent()
+    optimizers = m.Optimizers(a, a.args)
+    monkeypatch.setattr(m, "average_ranks", lambda grads: [grad.mul_(1000) for grad in grads])
+    for part in m.PARTS:
+        params = list(getattr(a, part).parameters())
+        norm = optimizers.step(part, sum(p.sum() for p in params))
+        moment = torch.stack([optimizers.parts[part].state[p]["exp_avg"].norm() for p in params]).norm()
+        assert norm.item() == pytest.approx(1000 * sum(p.numel() for p in params) ** 0.5)
+        assert moment.item() == pytest.approx((1 - 0.9) * a.args.grad_clip)
+
+
+def test_where_the_losses_come_from():
+    """Of two samples with one token that changes, one step with a reward and one end, the losses of just these."""
+    a = agent()
+    tokens, reward, end = torch.zeros(3, 2, a.world.tokens).long(), torch.zeros(3, 2), torch.zeros(3, 2).bool()
+    tokens[1:, 0, 2], reward[1, 1], end[2, 1] = 5, -3.0, True
+    batch = dict(tokens=tokens, action=torch.zeros(3, 2).long(), reward=reward, end=end)
+    mask = torch.ones(3, 2).bool()
+    _, found = a.world.loss(batch, mask, 0.0)
+    token, rewards, ends = a.world.logits(tokens.transpose(0, 1), batch["action"].T)
+    position = a.world.tokens + 2  # of the changed token in the sequence; the output before it is about it
+    for name, logits in (("token_loss_changed", token[0, position - 1, 5] - token[0, position - 1].logsumexp(-1)),
+                         ("reward_loss_nonzero", rewards[1, 1].log_softmax(-1)[0]),
+                         ("end_loss_end", ends[1, 2].log_softmax(-1)[1])):
+        torch.testing.assert_close(found[f"wm/{name}"], -logits.detach())
 
 
 def test_labels_per_segment(monkeypatch):
@@ -196,6 +264,14 @@ def test_rewards_are_classes_of_their_sign():
     reward = torch.tensor([[-3.0, 0.0], [0.2, 5.0], [0.0, -0.1], [1.0, 0.0]])
     one, two = (a.world.loss(dict(batch, reward=r), mask, 0.0)[0] for r in (reward, reward.sign()))
     assert torch.equal(one["reward"], two["reward"])
+
+
+def test_reward_of_nan_is_seen():
+    """Though it has a class like any other."""
+    a = agent()
+    batch = dict(tokens=tokens_of(a, 4, 2), action=torch.zeros(4, 2).long(), end=torch.zeros(4, 2).bool())
+    losses, _ = a.world.loss(dict(batch, reward=torch.full((4, 2), torch.nan)), torch.ones(4, 2).bool(), 0.0)
+    assert losses["reward"].isnan() and losses["end"].isfinite()
 
 
 def test_lambda_return_against_its_definition():
@@ -261,6 +337,15 @@ def test_perceptual_losses(tmp_path):
     torch.testing.assert_close(m.pixel_distance(x, y), square.mean(1) + 0.01 * square.max(1)[0])
 
 
+def test_dropout_of_lpips_is_a_flag(monkeypatch):
+    """On by default, as in the official code."""
+    assert m.Args().lpips_dropout
+    monkeypatch.setattr(m.LPIPS, "load", lambda self, path: "")
+    for flag, dropout in (True, 0.5), (False, 0.0):
+        args, loss = m.choose_perceptual(m.Args(lpips_dropout=flag), 3, CPU)
+        assert (args.perceptual_loss, loss.dropout) == ("lpips", dropout)
+
+
 def test_choice_of_the_perceptual_loss(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     args, loss = m.choose_perceptual(m.Args(), 3, CPU)
@@ -313,6 +398,13 @@ def test_cache_equals_full_attention(chunks):
     torch.testing.assert_close(torch.cat(outs, 1), world(x), rtol=0, atol=1e-12)
 
 
+def imagine(a, tokens, mask, draws):
+    """A batch of dreams that begin after these real tokens (T,B,K)."""
+    with torch.no_grad():
+        recon = torch.stack([a.tokenizer.decode(step) for step in tokens])
+    return a.behaviour.imagine(a.tokenizer, a.world, recon, mask, tokens[-1], draws)
+
+
 def literal_dream(a, tokens, mask, noise):
     """The same by the book: one token per pass, no cache, everything so far read again; a new policy step per frame."""
     state, frames, out = a.behaviour.initial(tokens.shape[1], CPU), [], dict(action=[], reward=[], end=[], tokens=[])
@@ -349,7 +441,7 @@ def test_dream_equals_the_literal_one(horizon):
     a = agent()
     tokens, draws = tokens_of(a, 4, 5), noise(a.world, 5, horizon)
     mask = torch.tensor([[1, 0, 0, 0, 1], [1, 1, 0, 0, 1], [1, 1, 1, 0, 1], [1, 1, 1, 1, 1]]).bool()
-    ours = a.behaviour.imagine(a.tokenizer, a.world, tokens, mask, draws)
+    ours = imagine(a, tokens, mask, draws)
     literal = literal_dream(a, tokens, mask, draws)
     for k in ("action", "reward", "end"):
         assert torch.equal(ours[k], literal[k]), k
@@ -369,8 +461,8 @@ def test_number_of_passes():
     assert len(passes) == 19 * 16 == 304 and dream.size == 339
     assert [n for n, _ in passes[:16]] == [17] + 15 * [1] and [n for n, _ in passes[16:32]] == [2] + 15 * [1]
     assert [start for _, start in passes] == np.cumsum([0, *[n for n, _ in passes[:-1]]]).tolist()
-    dream.step(torch.zeros(2).long(), draws, last=True)
-    assert dream.size == 340
+    dream.forward(torch.zeros(2, 2, 8))
+    assert dream.written == 340, "the last token and a last action fit"
     dream = m.Dream(world, torch.zeros(2, 16).long())
     for _ in range(20):
         dream.step(torch.zeros(2).long(), draws)
@@ -381,13 +473,24 @@ def test_dropout_in_training_only():
     """Dreams and the policy never drop anything, in train mode either; the world model's loss does."""
     a = agent(dropout=0.5).train()
     tokens, mask, draws = tokens_of(a, 4, 3), torch.ones(4, 3).bool(), noise(a.world, 3, 4)
-    one, two = (a.behaviour.imagine(a.tokenizer, a.world, tokens, mask, draws) for _ in range(2))
+    one, two = (imagine(a, tokens, mask, draws) for _ in range(2))
     assert all(torch.equal(one[k], two[k]) for k in one)
     batch = dict(tokens=tokens, action=torch.zeros(4, 3).long(), reward=torch.zeros(4, 3), end=torch.zeros(4, 3).bool())
     losses = [a.world.loss(batch, mask, 0.5)[0]["token"] for _ in range(2)]
     assert losses[0] != losses[1]
     for name in ("scaled_dot_product_attention", "dropout"):
         assert name in m.Block.forward.__code__.co_names
+
+
+def test_everything_that_drops(monkeypatch):
+    """While the world model learns: embeddings, then of each block attention and both residuals."""
+    a, replay, seen = agent(torch.float32, dropout=0.3), filled_replay(), []
+    replay.tokenize(a.tokenizer, CPU)
+    for name, place in ("dropout", slice(1, 3)), ("scaled_dot_product_attention", slice(4, 5)):
+        monkeypatch.setattr(m.F, name, lambda *args, function=getattr(F, name), place=place: (
+            seen.append(args[place]) or function(*args)))
+    m.train_step("world", a, m.Optimizers(a, a.args), replay, 2)
+    assert seen == [(0.3, True)] + 2 * [(0.3,), (0.3, True), (0.3, True)]
 
 
 def test_burn_in():
@@ -400,8 +503,57 @@ def test_burn_in():
     assert not state[0][0].any() and not state[1][0].any()
     for x, y in zip(state, short):
         torch.testing.assert_close(x[1:2], y)
-    dream = a.behaviour.imagine(a.tokenizer, a.world, tokens_of(a, 4, 2), torch.ones(4, 2).bool(), noise(a.world, 2, 4))
+    dream = imagine(a, tokens_of(a, 4, 2), torch.ones(4, 2).bool(), noise(a.world, 2, 4))
     assert not any(v.requires_grad for v in dream.values()) and dream["hidden"].any()
+
+
+def test_memory_at_the_start_of_a_dream():
+    """That of the real frames but the last one, and of no padding."""
+    a = agent()
+    tokens, mask = tokens_of(a, 4, 2), torch.tensor([[0, 1], [0, 1], [1, 1], [1, 1]]).bool()
+    dream = imagine(a, tokens, mask, noise(a.world, 2, 4))
+    for column, first in (0, 2), (1, 0):
+        frames = a.tokenizer.decode(tokens[first:3, column])[:, None]
+        _, _, memory = a.behaviour(frames, a.behaviour.initial(1, CPU))
+        for k, alone in zip(("hidden", "cell"), memory):
+            torch.testing.assert_close(dream[k][column], alone[0])
+
+
+def test_policy_is_evaluated_as_it_dreamt():
+    """From the memory with which the dream began, on its frames: the same logits again, now with a gradient."""
+    a, seen = agent(), []
+    a.behaviour.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    dream = imagine(a, tokens_of(a, 4, 5), torch.ones(4, 5).bool(), noise(a.world, 5, 4))
+    a.behaviour.loss(dream)
+    burn_in, *steps, again = seen
+    torch.testing.assert_close(torch.cat(steps), again.detach())
+    assert len(burn_in) == 3 and again.shape == (4, 5, 3) and again.requires_grad
+
+
+def test_dreams_begin_at_the_last_frame():
+    """Of burn_in + 1 real ones: it is always there, the others are not; its tokens are those of its picture."""
+    a, replay, seen = agent(torch.float32), filled_replay(), []
+    with torch.no_grad():
+        a.tokenizer.pre_quant.weight.mul_(30)  # frames differ in their tokens
+    replay.tokenize(a.tokenizer, CPU)
+    dream = a.dream
+    a.dream = lambda inputs: seen.append(inputs) or dream(inputs)
+    m.train_step("behaviour", a, m.Optimizers(a, a.args), replay, 50)
+    recon, mask, tokens = (seen[0][k] for k in ("recon", "mask", "tokens"))
+    assert recon.shape[:2] == mask.shape == (4, 50) and mask[-1].all() and not mask[0].all()
+    torch.testing.assert_close(a.tokenizer.decode(tokens), recon[-1])
+
+
+def test_actions_of_the_open_loop_video(monkeypatch):
+    """The dream begins at the last context frame, with the action that was taken on it."""
+    a, seen, step = agent(torch.float32, batch_length=6), [], m.Dream.step
+    replay = filled_replay(envs=1, rows=6, ends=0.0)
+    replay.data["action"].copy_(torch.tensor([0, 0, 2, 1, 1, 0])[:, None])
+    replay.sample = lambda count, *args: replay.segment(*torch.tensor([0, 6, 0, 0])[:, None].repeat(1, count), *args)
+    monkeypatch.setattr(m.Dream, "step", lambda self, *args: seen.append((self.tokens, args[0])) or step(self, *args))
+    m.open_loop_video(a, replay, a.args)
+    assert [action.tolist() for _, action in seen] == [4 * [2], 4 * [1], 4 * [1]]
+    assert torch.equal(seen[0][0], a.tokenizer.encode(m.to_frames(replay.data["image"][2].repeat(4, 1, 1, 1))))
 
 
 # ---- replay ----
@@ -462,17 +614,56 @@ def test_ring_cuts_episodes():
     assert not replay.recent(4)[1].any()
 
 
+def test_new_rows_are_sampled():
+    """Also when rows were sampled before; a time limit is an end like any other."""
+    replay = m.SegmentReplay(m.replay_specs(SHAPES, None, None), 20, 1, CPU, None)
+    for t in range(3):
+        outcome = dict(reward=np.zeros(1), is_last=np.array([t == 2]), is_terminal=np.array([False]))
+        replay.add(dict(image=np.full((1, 32, 32, 3), t), is_last=[False]), np.zeros(1), outcome)
+        batch, _ = replay.sample(200, 1, "image end")
+        number = batch["image"][..., 0, 0, 0]
+        assert set(number.flatten().tolist()) == set(range(t + 1)) and torch.equal(batch["end"], number == 2)
+
+
+def test_endless_episode_in_a_ring():
+    """It has as many frames as the ring has rows."""
+    replay, picture = filled_replay(envs=1, rows=10, ends=0.0), np.zeros((1, 32, 32, 3))
+    for first in (4, 8):
+        for _ in range(4):
+            replay.add(dict(image=picture, is_last=[False]), np.zeros(1), dict(reward=np.zeros(1), is_last=[False]))
+        replay.refresh()
+        assert replay.episodes == [[first, 10, 0]]
+
+
 def test_tokens_in_replay():
     """Those of every frame, as the tokenizer is now; new rows and a new tokenizer make them invalid."""
     a, replay = agent(torch.float32), filled_replay()
     replay.tokenize(a.tokenizer, CPU, chunk=7)
-    batch, mask = replay.sample(50, 3, "image tokens")
+    batch, mask = replay.sample(50, 3, "image tokens recon")
     with torch.no_grad():
         fresh = a.tokenizer.encode(m.to_frames(batch["image"].flatten(0, 1))).unflatten(0, (3, 50))
-    assert torch.equal(fresh[mask], batch["tokens"][mask].long())
+    assert torch.equal(fresh[mask], batch["tokens"][mask])
     replay.add(dict(image=np.zeros((2, 32, 32, 3)), is_last=[False, False]), np.zeros(2),
                dict(reward=np.zeros(2), is_last=np.zeros(2, bool)))
     assert replay.tokens is None
+
+
+def test_each_frame_is_decoded_once():
+    """The field recon is what the tokens decode to, zero in the padding; made anew after the tokenizer's next epoch."""
+    a, replay = agent(torch.float32), filled_replay()
+    for _ in range(2):
+        replay.tokenize(a.tokenizer, CPU)
+        decode, asked = replay.decode, []
+        replay.decode = lambda tokens: asked.append(len(tokens)) or decode(tokens)  # noqa: B023
+        for _ in range(3):
+            batch, mask = replay.sample(50, 3, "tokens recon", last=True)
+            with torch.no_grad():
+                fresh = a.tokenizer.decode(batch["tokens"].flatten(0, 1)).unflatten(0, (3, 50))
+            fresh = fresh * mask[..., None, None, None]
+            torch.testing.assert_close(batch["recon"], fresh)
+        assert sum(asked) == replay.known.sum() and 80 < sum(asked) <= 120
+        with torch.no_grad():
+            a.tokenizer.codebook.weight.neg_()
 
 
 # ---- acting ----
@@ -490,6 +681,39 @@ def test_acting(monkeypatch):
     assert (drawn.sum(-1) == 1).all() and (drawn.mean(0) - 1 / 3).abs().max() < 0.1, "epsilon 1 is uniform"
     a.eval()
     assert len({tuple(a.act(row, state)["action"].flatten().tolist()) for _ in range(20)}) == 1, "nearly greedy"
+
+
+def test_temperature_and_exploration():
+    """Collecting and evaluating divide by temperatures of their own; random actions in collecting only."""
+    a = agent(torch.float32, temperature=1e-4, eval_temperature=1e4, epsilon=0.0)
+    row = dict(image=np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8), is_first=np.ones(2, bool))
+    def drawn():
+        return {tuple(a.act(row, a.initial(2, CPU))["action"].flatten().tolist()) for _ in range(30)}
+    assert len(drawn()) == 1
+    a.args = replace(a.args, epsilon=1.0)
+    assert len(drawn()) > 5
+    a.eval()
+    assert len(drawn()) > 5
+    a.args = replace(a.args, eval_temperature=1e-4)
+    assert len(drawn()) == 1, "nothing is explored"
+
+
+def test_memory_of_the_running_episode():
+    """The policy sees reconstructions; what it remembers is what `warm_up` makes of the same frames."""
+    a, rng = agent(torch.float32, burn_in=5), np.random.default_rng(0)
+    replay = m.SegmentReplay(m.replay_specs(SHAPES, None, None), 20, 2, CPU, None)
+    state, images = a.initial(2, CPU), rng.integers(0, 256, (4, 2, 32, 32, 3), np.uint8)
+    for t, image in enumerate(images):
+        row = dict(image=image, is_first=np.array([t == 0, t in (0, 2)]), is_last=[False, False])
+        state = a.act(row, state)
+        replay.add(row, np.zeros(2), dict(reward=np.zeros(2), is_last=np.array([False, t == 1])))
+    with torch.no_grad():
+        recon = a.tokenizer.decode(a.tokenizer.encode(m.to_frames(torch.from_numpy(images[:, 0]))))
+        _, _, memory = a.behaviour(recon[:, None], a.behaviour.initial(1, CPU))
+    warm = a.warm_up(replay, CPU)
+    for k, alone in zip(("hidden", "cell"), memory):
+        torch.testing.assert_close(state[k][:1], alone)
+        torch.testing.assert_close(warm[k], state[k])
 
 
 # ---- the run ----
@@ -524,6 +748,63 @@ def test_schedule(tmp_path, monkeypatch):
     scalars, _ = tiny.events(folder)
     assert scalars["losses/token"][-1][0] == 28, "as if steps went on"
     assert scalars["charts/frames"][-1] == (28, 24)
+
+
+def test_tokens_are_made_anew_in_each_epoch(tmp_path, monkeypatch):
+    """When its tokenizer is done, once; also in epochs that only train."""
+    calls, tokenize, train_step = [], m.SegmentReplay.tokenize, m.train_step
+    monkeypatch.setattr(m.SegmentReplay, "tokenize", lambda *args: calls.append("tokenize") or tokenize(*args))
+    monkeypatch.setattr(m, "train_step", lambda part, *args: calls.append(part) or train_step(part, *args))
+    tiny.run("iris", tmp_path / "run", epoch_steps=6, total_timesteps=12, extra_epochs=2, learning_starts=0,
+             world_starts=0, behaviour_starts=0, eval_episodes=0)
+    assert calls == 4 * ["tokenizer", "tokenize", "world", "behaviour"]
+
+
+def test_memory_at_the_start_of_an_epoch(tmp_path, monkeypatch):
+    """In the middle of an episode it is not empty."""
+    seen, act = [], m.Agent.act
+    monkeypatch.setattr(m.Agent, "act", lambda agent, row, state: seen.append((row, state)) or act(agent, row, state))
+    tiny.run("iris", tmp_path / "run", epoch_steps=2, total_timesteps=12, learning_starts=12, eval_episodes=0)
+    assert [bool(row["is_first"]) for row, _ in seen] == [t % 7 == 0 for t in range(12)]
+    assert all(state["hidden"].any() for row, state in seen if not row["is_first"])
+
+
+def test_action_repeat(tmp_path):
+    """Seven steps are four decisions; metrics count frames, and no epoch goes beyond the last step."""
+    folder = tiny.run("iris", tmp_path / "run", env_id="tiny:ScriptedImage-v0", action_repeat=2, total_timesteps=9,
+                      eval_episodes=0, save_every=4)
+    scalars = tiny.events(folder)[0]
+    assert scalars["charts/episodic_length"] == [(4, 4), (8, 4)] and scalars["charts/frames"][-1] == (9, 18)
+    assert checkpoint(folder)["step"] == 9
+
+
+def test_nothing_is_decided_after_an_end(tmp_path, monkeypatch):
+    """While another environment goes on: action 0, and no step of the budget."""
+    calls, step = [], m.GymEnvs.step
+    monkeypatch.setattr(m.GymEnvs, "step", lambda self, action: calls.append((self.over, action)) or step(self, action))
+    folder = tiny.run("iris", tmp_path / "run", env_id="Uneven-v0", num_envs=2, total_timesteps=60, epoch_steps=30,
+                      learning_starts=60, eval_episodes=0, video_every=0)
+    idle = np.concatenate([action[over].argmax(-1) for over, action in calls])
+    assert len(idle) > 10 and not idle.any()
+    assert checkpoint(folder)["step"] == sum((~over).sum() for over, _ in calls)
+
+
+def test_a_lost_life_begins_a_new_episode(tmp_path, monkeypatch):
+    """The third step costs one: the policy forgets, the next step is not stored; the return is the whole game's."""
+    seen, act = [], m.Agent.act
+
+    class Lives(m.GymEnvs):
+        def step(self, action):
+            row = super().step(action)
+            return dict(row, is_last=row["is_last"] | (row["reward"] == 3))
+
+    monkeypatch.setattr(m, "GymEnvs", Lives)
+    monkeypatch.setattr(m.Agent, "act", lambda agent, row, state: seen.append(row) or act(agent, row, state))
+    folder = tiny.run("iris", tmp_path / "run", env_id="tiny:ScriptedImage-v0", total_timesteps=12, eval_episodes=0)
+    assert [int(row["image"][0, 0, 0, 0]) for row in seen] == 2 * [0, 1, 2, 4, 5, 6]
+    assert [bool(row["is_first"]) for row in seen] == 4 * [True, False, False]
+    assert checkpoint(folder)["replay"]["episodes"] == [[3 * i, 3, 0] for i in range(4)]
+    assert tiny.events(folder)[0]["charts/episodic_return"] == [(6, 28), (12, 28)]
 
 
 def test_rows_in_replay(tmp_path):
@@ -564,9 +845,11 @@ def test_continuous_actions_are_refused(capsys):
 
 @pytest.mark.parametrize("part", m.PARTS)
 def test_no_host_reads(part, monkeypatch):
-    """An update of any part never waits for a value."""
+    """An update of any part never waits for a value, when all frames are decoded."""
     a, replay = agent(torch.float32), filled_replay()
     replay.tokenize(a.tokenizer, CPU)
+    frames = replay.decoded(torch.arange(len(replay.tokens)))
+    monkeypatch.setattr(replay, "decoded", lambda index: frames[index])
     optimizers = m.Optimizers(a, a.args)
     m.train_step(part, a, optimizers, replay, 4, m.pixel_distance)  # makes the optimiser's state
     check_no_host_reads(lambda: m.train_step(part, a, optimizers, replay, 4, m.pixel_distance), monkeypatch)
@@ -592,6 +875,39 @@ def test_stopped_within_an_epoch(number, tmp_path, monkeypatch):
     monkeypatch.undo()
     run = only(tmp_path / "parts")
     assert checkpoint(run)["updates"] == number and checkpoint(run)["done"] > 0
+    assert execute("iris", f"--resume={run}") == 0
+    one, two = ({k: v for k, v in checkpoint(r).items() if k != "args"} for r in (only(tmp_path / "whole"), run))
+    assert not differences(one, two)
+
+
+def test_finished_run_resumed(tmp_path):
+    """There is nothing to do, the last epochs are not repeated: the same checkpoint."""
+    flags = dict(epoch_steps=6, total_timesteps=6, extra_epochs=2, learning_starts=0, world_starts=0,
+                 behaviour_starts=0)
+    assert execute("iris", *scripted("iris", tmp_path, **flags)) == 0
+    saved = checkpoint(only(tmp_path))
+    assert (saved["updates"], saved["extra"]) == (9, 2)
+    assert execute("iris", f"--resume={only(tmp_path)}") == 0
+    assert {d.split("/")[1] for d in differences(saved, checkpoint(only(tmp_path)))} <= {"args"}
+
+
+def test_stopped_while_collecting(tmp_path, monkeypatch):
+    """A signal at an episode's end in the middle of an epoch, then --resume: the same checkpoint as without it."""
+    flags = dict(epoch_steps=10, epoch_updates=2, total_timesteps=30, learning_starts=0, world_starts=0,
+                 behaviour_starts=0)
+    calls, step = [], envs.Scripted.step
+    assert execute("iris", *scripted("iris", tmp_path / "whole", **flags)) == 0
+
+    def stop(self, action):
+        calls.append(action)
+        if len(calls) == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, action)
+
+    monkeypatch.setattr(envs.Scripted, "step", stop)
+    assert execute("iris", *scripted("iris", tmp_path / "parts", **flags)) == 0
+    run = only(tmp_path / "parts")
+    assert checkpoint(run)["step"] == 14
     assert execute("iris", f"--resume={run}") == 0
     one, two = ({k: v for k, v in checkpoint(r).items() if k != "args"} for r in (only(tmp_path / "whole"), run))
     assert not differences(one, two)

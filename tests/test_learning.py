@@ -1,7 +1,10 @@
 """Every script learns small tasks from scratch: run with `python -m pytest -m learning`.
 
 A case trains with the script's own main() until the mean return of the last 20 episodes passes its threshold, then
-stops. `python tests/test_learning.py SCRIPT CASE SEED` runs one by hand and writes its curve to tests/results/."""
+stops. `python tests/test_learning.py SCRIPT CASE SEED` runs one by hand and writes its curve to tests/results/.
+
+For iris also: the tokenizer's image loss at its first and last update, and the share of tokens of following frames that
+the world model finds likeliest and are right, against that of the most frequent token of each place."""
 
 import csv
 import os
@@ -12,6 +15,7 @@ from collections import deque
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ALGORITHMS, TESTS, load
 
 pytestmark = pytest.mark.learning
@@ -53,7 +57,37 @@ FAST_V2 = dict(
     save_every=10**9,
     buffer_size=50_000,
 )
-CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; random play: -0.5, 6.5, 3.3 and 22
+FAST_IRIS = dict(
+    image_size=32,
+    epoch_steps=50,
+    epoch_updates=50,
+    learning_starts=100,
+    world_starts=500,
+    behaviour_starts=1_000,
+    tokenizer_batch=32,
+    batch_size=32,
+    vocab_size=64,
+    code_dim=32,
+    channels=16,
+    res_blocks=1,
+    layers=2,
+    heads=2,
+    width=64,
+    dropout=0.0,
+    lstm_units=64,
+    gamma=0.99,
+    lr=3e-4,
+    ent_coef=0.01,
+    perceptual_loss="pixel",
+    device="cpu",
+    total_timesteps=6_000,
+    extra_epochs=0,
+    eval_every=0,
+    eval_episodes=0,
+    video_every=0,
+    save_every=10**9,
+)
+CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; random play: -0.5, 6.5, 3.3, 22 and 0
     "dreamer_v2": dict(
         catch=(
             0.8,
@@ -92,6 +126,9 @@ CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; rando
         lock=(8.0, dict(FAST, env_id="envs:Lock-v0", batch_length=12, imag_horizon=8, train_ratio=64)),
         cartpole=(150.0, dict(FAST, env_id="CartPole-v1", batch_length=16, imag_horizon=15, train_ratio=128)),
     ),
+    "iris": dict(
+        catch=(0.9, dict(FAST_IRIS, env_id="envs:CatchSmall-v0", batch_length=4, imag_horizon=4, burn_in=1)),
+    ),
 }
 
 
@@ -99,9 +136,39 @@ class Reached(Exception):
     """The mean of the last 20 returns has passed the threshold."""
 
 
-def learn(script, threshold: float, flags: dict, run_dir: Path) -> list[tuple[int, float]]:
-    """Train until the threshold is passed or the budget is used up -> curve of (policy steps, mean of 20 returns)."""
+class TokenAccuracy:
+    """Watches the updates of iris.py -> what its tokenizer and world model have learned."""
+
+    def __init__(self, script):
+        self.train_step, self.errors = script.train_step, []
+
+    def __call__(self, part, agent, optimizers, replay, *args):
+        self.agent, self.replay = agent, replay
+        metrics = self.train_step(part, agent, optimizers, replay, *args)
+        self.errors += [float(metrics["losses/image"])] if part == "tokenizer" else []
+        return metrics
+
+    @torch.no_grad()
+    def result(self) -> dict[str, float]:
+        world, device = self.agent.world, torch.device("cpu")
+        self.replay.tokenize(self.agent.tokenizer, device)
+        batch, mask = self.replay.sample(500, self.agent.args.batch_length, "tokens action")
+        tokens = batch["tokens"].transpose(0, 1)
+        guess = world.logits(tokens, batch["action"].long().T)[0].argmax(-1)
+        guess = guess.roll(1, 1).unflatten(1, tokens.shape[1:])  # each output is about the following token
+        right = guess[:, 1:] == tokens[:, 1:]
+        valid = mask.T[:, 1:]
+        frames = tokens[:, 1:][valid]
+        return dict(first_image_loss=sum(self.errors[:10]) / 10, last_image_loss=sum(self.errors[-10:]) / 10,
+                    token_accuracy=right[valid].float().mean().item(),
+                    majority=(frames == frames.mode(0)[0]).float().mean().item())
+
+
+def learn(script, threshold: float, flags: dict, run_dir: Path) -> tuple[list[tuple[int, float]], dict[str, float]]:
+    """Train until the threshold is passed or the budget is used up -> curve of (policy steps, mean of 20 returns), and
+    what TokenAccuracy found."""
     returns, curve, steps = deque(maxlen=20), [], 0
+    tokens = TokenAccuracy(script) if hasattr(script, "PARTS") else None
 
     class Watch(script.Episodes):
         def update(self, row):
@@ -115,29 +182,38 @@ def learn(script, threshold: float, flags: dict, run_dir: Path) -> list[tuple[in
                     raise Reached
             return ended
 
-    original, script.Episodes = script.Episodes, Watch
+    original, script.Episodes = (script.Episodes, script.train_step), Watch
+    script.train_step = tokens or script.train_step
     kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         script.main(script.Args(**flags, run_dir=str(run_dir)))
     except Reached:
         pass
     finally:
-        script.Episodes = original
+        script.Episodes, script.train_step = original
         for number, handler in kept.items():
             signal.signal(number, handler)
-    return curve
+    return curve, tokens.result() if tokens else {}
 
 
 @pytest.mark.parametrize("name, case", [(name, case) for name in ALGORITHMS if name in CASES for case in CASES[name]])
 def test_learns(name, case, tmp_path):
     threshold, flags = CASES[name][case]
     start = time.process_time()
-    curve = learn(load(name), threshold, flags, tmp_path)
+    curve, found = learn(load(name), threshold, flags, tmp_path)
     best = max(mean for _, mean in curve[19:])
     print(
         f"{name} {case}: mean of 20 returns {best:.2f} after {curve[-1][0]} steps, {time.process_time() - start:.0f} s"
     )
     assert best >= threshold
+    if found:
+        print(text(found))
+        assert found["last_image_loss"] < 0.2 * found["first_image_loss"]
+        assert 1 - found["token_accuracy"] < 0.5 * (1 - found["majority"])
+
+
+def text(found: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.3f}" for k, v in found.items())
 
 
 if __name__ == "__main__":
@@ -145,7 +221,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     threshold, flags = CASES[name][case]
     start, results = time.time(), TESTS / "results"
-    curve = learn(
+    curve, found = learn(
         load(name), threshold, dict(flags, seed=int(seed)), Path(sys.argv[4] if len(sys.argv) > 4 else "runs")
     )
     results.mkdir(exist_ok=True)
@@ -155,5 +231,5 @@ if __name__ == "__main__":
         writer.writerows((steps, round(mean, 3)) for steps, mean in curve)
     print(
         f"{name} {case} seed {seed}: {curve[-1][1]:.2f} (threshold {threshold}) after {curve[-1][0]} steps, "
-        f"{(time.time() - start) / 60:.1f} min"
+        f"{(time.time() - start) / 60:.1f} min {text(found)}"
     )

@@ -56,17 +56,244 @@ ADAM, ACTING2 = D + "test_optimiser_equals_its_scalar_form", D + "test_acting_is
 GREEDY = D + "test_evaluation_takes_the_mode_of_the_policy_and_samples_the_latent"
 REINFORCE, DYN = dict(discrete=True, grad="reinforce"), dict(discrete=False, grad="dynamics")
 ATARI = dict(domain="atari")
-TOKENIZER, DREAM_LOSSES = "test_iris:test_stop_gradients_of_the_tokenizer", "test_iris:test_behaviour_losses"
+
+# of iris's own
+S, N = "test_iris:", "test_golden_iris:"
+LONGER, PIECES, EARLY, LATE = dict(horizon=7), dict(chunks=[3, 200, 137]), dict(number=8), dict(number=38)
+NEAREST, VQ, TOKENIZER = S + "test_nearest_code", N + "test_vector_quantisation", (
+    S + "test_stop_gradients_of_the_tokenizer")
+PERCEPTUAL, LAYERS, FEATURES = S + "test_perceptual_term", N + "test_tokenizer", N + "test_lpips"
+LABELS, POSITIONS, TINY_WORLD = S + "test_labels_per_segment", S + "test_positions_that_predict", N + "test_tiny_world"
+CACHE, DROPS = S + "test_cache_equals_full_attention", S + "test_everything_that_drops"
+LITERAL, BURN_IN, BEGUN = S + "test_dream_equals_the_literal_one", S + "test_burn_in", (
+    S + "test_memory_at_the_start_of_a_dream")
+RETURN3, LOSSES = S + "test_lambda_return_against_its_definition", S + "test_behaviour_losses"
+POLICY, STARTED = N + "test_actor_critic_losses", S + "test_dreams_begin_at_the_last_frame"
+SEGMENTS, EVENLY, CUTS = S + "test_segments_by_brute_force", S + "test_uniform_over_episodes", (
+    S + "test_ring_cuts_episodes")
+NEW_ROWS, DECODED = S + "test_new_rows_are_sampled", S + "test_each_frame_is_decoded_once"
+OWN3, DECAY, AVERAGED = S + "test_each_part_trains_itself_only", N + "test_optimizer_groups", (
+    S + "test_gradients_are_averaged_then_clipped")
+SOFTER, WARM = S + "test_temperature_and_exploration", S + "test_memory_of_the_running_episode"
+EPOCHS, EACH_EPOCH, REPEATED = S + "test_schedule", S + "test_tokens_are_made_anew_in_each_epoch", (
+    S + "test_action_repeat")
+GAMES, LIVES, IDLE = S + "test_lives", S + "test_a_lost_life_begins_a_new_episode", (
+    S + "test_nothing_is_decided_after_an_end")
+FINISHED, STOPPED, MIDWAY = S + "test_finished_run_resumed", S + "test_stopped_within_an_epoch", (
+    S + "test_stopped_while_collecting")
 
 MUTATIONS = dict(iris=[
+    # pure functions
+    ("draws from the inverse probabilities", ".softmax(-1) / noise)", ".softmax(-1) * noise)", S + "test_sampler"),
+    ("the farthest word", "@ codebook.T).argmin(-1)", "@ codebook.T).argmax(-1)", NEAREST),
+    ("words of any length", "(codebook.square().sum(-1) - 2 * z @", "(-2 * z @", NEAREST),
+    ("distances in bf16", "with torch.autocast(z.device.type, enabled=False):", "if True:",
+     S + "test_nearest_code_under_autocast"),
+    ("bootstrap one step early", "live * (1 - lam) * value[1:]", "live * (1 - lam) * value[:-1]", RETURN3),
+    ("lambda exchanged", "live * (1 - lam) * value[1:], live * lam", "live * lam * value[1:], live * (1 - lam)",
+     RETURN3),
+    ("no value of the last frame", "ret, rets = value[-1], []", "ret, rets = 0 * value[-1], []", RETURN3),
+    ("an end cuts nothing", "gamma * (1 - end.to(value.dtype))", "gamma * (1 - 0 * end.to(value.dtype))", RETURN3),
+    ("time flipped in the return", "torch.stack(rets[::-1])", "torch.stack(rets)", RETURN3),
+    ("padding counts", "(x * mask).sum() / gather", "x.sum() / gather", LABELS),
+    ("each rank's own mean", "gather_ranks(mask.sum(dtype=x.dtype)[None]).mean()", "mask.sum(dtype=x.dtype)",
+     S + "test_losses_of_the_joint_batch"),
+    # environment
+    ("another resize", 'args.image_size, "bilinear"', 'args.image_size, "area"',
+     "test_env:test_atari_frames_and_rewards"),
+    ("no sticky actions", "args.sticky_actions, False,", "0.0, False,", "test_env:test_atari_sticky_actions"),
+    ("lost lives are no ends", "False, args.life_loss)", "False, False)", GAMES),
+    ("lost lives end an evaluation", "replace(args, life_loss=False)", "args", GAMES),
+    ("vectors are not rendered", "args.action_repeat, None)", "args.action_repeat, False)", RENDERED),
+    ("images are rendered too", "args.action_repeat, None)", "args.action_repeat, True)",
+     "test_env:test_image_observations_are_taken_as_they_are"),
+    ("one environment step per policy step", "args.image_size, args.action_repeat, None)", "args.image_size, 1, None)",
+     REPEATED),
+    # replay
+    ("a time limit is no end", 'end=outcome["is_last"]', 'end=outcome.get("is_terminal", outcome["is_last"])',
+     NEW_ROWS),
+    ("new rows are never sampled", "self.table = self.tokens = None\n        for", "self.tokens = None\n        for",
+     NEW_ROWS),
+    ("new frames without tokens", "self.table = self.tokens = None\n        for", "self.table = None\n        for",
+     S + "test_tokens_in_replay"),
+    ("frames after an end are stored", 'if row["is_last"][env]:', "if False:", SEGMENTS),
+    ("episodes without end", 'if outcome["is_last"][env]:', "if False:", EVENLY),
+    ("overwritten rows stay", "lost = max(self.rows - self.size - episode[0], 0)", "lost = 0", CUTS),
+    ("a cut episode is as long as before", "+ lost, episode[1] - lost", "+ lost, episode[1]",
+     S + "test_endless_episode_in_a_ring"),
+    ("episodes of the first environment only", "% self.capacity * self.num_envs + env\n        found",
+     "% self.capacity * self.num_envs\n        found", SEGMENTS),
+    ("padding repeats a frame", "{k: v * mask.view(*mask.shape, *[1] * (v.dim() - 2)) for k, v", "{k: v for k, v",
+     SEGMENTS),
+    ("padding at the other end", "(length - 1 if last else 0)", "(0 if last else length - 1)", SEGMENTS),
+    ("uniform over steps", "(episode * len(self.table)).long()",
+     "torch.multinomial(self.table[:, 1].double(), batch_size, True)", EVENLY),
+    ("the newest episode is never sampled", "(episode * len(self.table))", "(episode * (len(self.table) - 1))", EVENLY),
+    ("the last step is never sampled", "(place * frames)", "(place * (frames - 1))", EVENLY),
+    ("the first frames of the running episode", "env, frames - length, length", "env, 0 * frames, length", CUTS),
+    ("decoded frames outlive the tokenizer",
+     "self.known = torch.zeros(held, dtype=torch.bool, device=self.device)\n        self.recon = None",
+     "if not hasattr(self, 'known'):\n            self.recon, self.known = None, torch.zeros(held, dtype=torch.bool)",
+     DECODED),
+    ("frames are decoded again and again", "self.recon[new], self.known[new] = frames, True",
+     "self.recon[new] = frames", DECODED),
+    # networks
+    ("symmetric padding", "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 1, 1, 1))",
+     S + "test_downsampling_pads_right_and_bottom"),
+    ("epsilon of a library", "channels, eps=1e-6)", "channels)", LAYERS),
+    ("attention at other levels", "if level in (2, 3)", "if level in (1, 2)", LAYERS),
+    ("residual block without its input", "return x + super().forward(x)", "return super().forward(x)", LAYERS),
+    ("decoder of the encoder's depth", "stage(channels, level, blocks + 1)", "stage(channels, level, blocks)",
+     S + "test_parameter_counts", dict(actions=6, world=8_448_005, behaviour=3_218_983)),
+    ("LPIPS of raw images", "(x - self.shift) / self.scale", "x", FEATURES),
+    ("LPIPS of raw features", "(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in (a, b))", "a, b",
+     FEATURES),
+    ("LPIPS summed over places", ".mean((1, 2, 3))", ".sum((1, 2, 3))", FEATURES),
+    ("LPIPS drops nothing", "LPIPS(0.5 if args.lpips_dropout else 0.0)", "LPIPS(0.0)",
+     S + "test_dropout_of_lpips_is_a_flag"),
+    ("LPIPS learns", "self.requires_grad_(False)", "", OWN3),
+    ("squares of images in [-1,1]", "square().flatten(1) / 4", "square().flatten(1)", S + "test_perceptual_losses"),
+    # tokenizer
+    ("words as a library starts them",
+     "nn.init.uniform_(self.codebook.weight, -1 / args.vocab_size, 1 / args.vocab_size)", "pass",
+     S + "test_initial_weights"),
+    ("tokens column by column", "mT.unflatten(-1, (side, side))", "mT.unflatten(-1, (side, side)).mT", VQ),
+    ("frames beyond [0,1]", "+ 1) / 2).clamp(0, 1)", "+ 1) / 2)", S + "test_decoded_frames_are_clamped"),
     ("the codebook loss moves the encoder", "codebook=(z.detach() - z_q)", "codebook=(z - z_q)", TOKENIZER),
     ("the commitment moves the words", "commit=(z - z_q.detach())", "commit=(z - z_q)", TOKENIZER),
     ("no straight-through gradient", "reconstruct(z + (z_q - z).detach())", "reconstruct(z_q)", TOKENIZER),
-    ("the actor trains its baseline", "ret - value[:-1].detach()", "ret - value[:-1]", DREAM_LOSSES),
-    ("gradient through the return", "value.detach(), end, self.args.gamma", "value, end, self.args.gamma",
-     DREAM_LOSSES),
-    ("bootstrap one step early", "live * (1 - lam) * value[1:]", "live * (1 - lam) * value[:-1]",
-     "test_iris:test_lambda_return_against_its_definition"),
+    ("commitment of the paper on VQ-VAE", "commit=(z - z_q.detach())", "commit=0.5 * (z - z_q.detach())", VQ),
+    ("square error of images", "image=(recon - target).abs()", "image=(recon - target).square()", VQ),
+    ("images in [0,1] as target", "2 * frames - 1\n        losses", "frames\n        losses", PERCEPTUAL),
+    ("perceptual loss summed over images", "perceptual(recon, target).mean()", "perceptual(recon, target).sum()",
+     PERCEPTUAL),
+    # world model
+    ("every output sees everything", "causal = mask is None and x.shape[1] > 1", "causal = False",
+     S + "test_causality"),
+    ("causal mask of the first keys", "if start and count > 1:", "if False:", CACHE, PIECES),
+    ("a frame's last token sees the action", ".tril(start)", "", CACHE, PIECES),
+    ("positions begin anew", "self.position.weight[start : start + count]", "self.position.weight[:count]", CACHE,
+     PIECES),
+    ("dreams drop", "start: int = 0, cache=None, dropout: float = 0.0)", "start: int = 0, cache=None, dropout=0.1)",
+     S + "test_dropout_in_training_only"),
+    ("attention drops nothing", "q, k, v, mask, dropout, causal)", "q, k, v, mask, 0.0, causal)", DROPS),
+    ("the world model drops nothing", "mask, args.dropout)", "mask, 0.0)", DROPS),
+    ("weights as a library starts them", "nn.init.normal_(module.weight, 0.0, 0.02)", "pass",
+     S + "test_initial_weights"),
+    ("the last token predicts, not the action", "[*range(tokens - 1), tokens]", "[*range(tokens)]", POSITIONS),
+    ("reward and end before the action", "at_action = y[:, :, -1]", "at_action = y[:, :, -2]", POSITIONS),
+    ("labels not shifted", 'batch["tokens"].flatten(1)[:, 1:]', 'batch["tokens"].flatten(1)[:, :-1]', TINY_WORLD),
+    ("mask not shifted", "repeat_interleave(self.tokens, 1)[:, 1:]", "repeat_interleave(self.tokens, 1)[:, :-1]",
+     LABELS),
+    ("ends of padding", '[:, 1:], batch["mask"], batch["mask"]', '[:, 1:], batch["mask"], batch["mask"] | True',
+     LABELS),
+    ("rewards rounded", 'batch["reward"].sign() + 1', 'batch["reward"].clamp(-1, 1) + 1',
+     S + "test_rewards_are_classes_of_their_sign"),
+    ("rewards upside down", '(batch["reward"].sign() + 1)', '(1 - batch["reward"].sign())', TINY_WORLD),
+    ("tokens that stay are those that change", "(tokens[:, 1:] != tokens[:, :-1])", "(tokens[:, 1:] == tokens[:, :-1])",
+     S + "test_where_the_losses_come_from"),
+    ("a reward of NaN is none", 'errors[1] + 0 * batch["reward"]', "errors[1]", S + "test_reward_of_nan_is_seen"),
+    # dreams
+    ("memory is cut early", "if self.size + 1 + world.tokens >", "if self.size + 1 + 2 * world.tokens >",
+     S + "test_number_of_passes"),
+    ("memory is cut down to one token", "self.written, self.waiting = 0, self.tokens",
+     "self.written, self.waiting = 0, self.waiting", LITERAL, LONGER),
+    ("the last token is never read", "torch.cat(tokens, 1), tokens[-1]", "torch.cat(tokens, 1), tokens[-1][:, :0]",
+     LITERAL, LONGER),
+    ("the likeliest reward", 'sample(world.reward_head(y), noise["reward"])', "world.reward_head(y).argmax(-1)",
+     LITERAL, LONGER),
+    ("the likeliest end", 'sample(world.end_head(y), noise["end"])', "world.end_head(y).argmax(-1)", LITERAL, LONGER),
+    ("rewards of 0 to 2", 'noise["reward"]) - 1,', 'noise["reward"]),', LITERAL, LONGER),
+    ("burn-in of padding", "self(recon[:-1], start, mask[:-1])", "self(recon[:-1], start)", BEGUN),
+    ("the first frame is seen twice", "self(recon[:-1], start, mask[:-1])", "self(recon, start, mask)", BEGUN),
+    ("the dream begins a frame early", "tokens.device), recon[-1]\n", "tokens.device), recon[-2]\n", LITERAL, LONGER),
+    ("gradient through the dream's start", "@torch.no_grad()  # REINFORCE", "# REINFORCE", BURN_IN),
+    ("memory of padding", "tuple(s * mask[t, :, None] for s in state)", "state", BURN_IN),
+    ("the policy forgets its burn-in", '(dream["hidden"], dream["cell"])', '(0 * dream["hidden"], 0 * dream["cell"])',
+     S + "test_policy_is_evaluated_as_it_dreamt"),
+    # behaviour
+    ("the actor trains its baseline", "ret - value[:-1].detach()", "ret - value[:-1]", LOSSES),
+    ("gradient through the return", "value.detach(), end, self.args.gamma", "value, end, self.args.gamma", LOSSES),
+    ("action of the next frame", "action[:-1, :, None]", "action[1:, :, None]", POLICY),
+    ("sign of the actor loss", "policy=-(taken", "policy=(taken", POLICY),
+    ("sign of the entropy", "entropy=-self.args", "entropy=self.args", POLICY),
+    ("half of the square", "value=(value[:-1] - ret).square()", "value=0.5 * (value[:-1] - ret).square()", POLICY),
+    ("the policy sees [0,1]", "(2 * frames.flatten(0, 1) - 1)", "frames.flatten(0, 1)", N + "test_actor_critic"),
+    # update
+    ("embeddings decay", "if isinstance(m, nn.Linear)]", "if isinstance(m, (nn.Linear, nn.Embedding))]", DECAY),
+    ("biases decay", "dict(params=kept, weight_decay=0.0)", "dict(params=kept)", DECAY),
+    ("the tokenizer decays", "tokenizer=torch.optim.Adam(", "tokenizer=torch.optim.AdamW(",
+     S + "test_only_the_transformer_decays"),
+    ("optimiser of another part", "optimizer = self.parts[part]", 'optimizer = self.parts["world"]', OWN3),
+    ("gradients pile up", "        optimizer.zero_grad()\n", "", OWN3),
+    ("gradients of one rank", "        average_ranks([p.grad for p in params])\n", "", AVERAGED),
+    ("no clipping", "clip_grad_norm_(params, self.clip)", "clip_grad_norm_(params, 1e9)", AVERAGED),
+    ("dreams begin at the first frame", 'tokens=batch["tokens"][-1]', 'tokens=batch["tokens"][0]', STARTED),
+    ("dreams begin in the padding", '"recon tokens", True)', '"recon tokens", False)', STARTED),
+    ("burn-in of one frame less", "args.burn_in + 1, ", "args.burn_in, ", STARTED),
+    ("a value is read on the host", "norm = optimizers.step(part, sum(losses.values()))",
+     "norm = optimizers.step(part, sum(losses.values()))\n    norm.item()", S + "test_no_host_reads",
+     dict(part="world")),
+    # acting
+    ("the policy sees raw frames", "self.tokenizer.decode(self.tokenizer.encode(to_frames(image)))  #",
+     "to_frames(image)  #", WARM),
+    ("memory crosses the border of episodes", "state[k] * ~first[:, None]", "state[k]", WARM),
+    ("temperature of collecting in evaluation", "args.temperature if self.training else args.eval_temperature",
+     "args.temperature", SOFTER),
+    ("temperature of evaluation while collecting", "args.temperature if self.training else args.eval_temperature",
+     "args.eval_temperature", SOFTER),
+    ("random actions in evaluation", "if self.training:  # one", "if True:  # one", SOFTER),
+    ("no random actions", "device=device) < args.epsilon", "device=device) < 0", SOFTER),
+    ("padding before the running episode is seen", '(state["hidden"], state["cell"]), mask)',
+     '(state["hidden"], state["cell"]))', WARM),
+    # evaluate and dream
+    ("the video's actions come late", "action[context - 1 : -1]", "action[context:]",
+     S + "test_actions_of_the_open_loop_video"),
+    # loop
+    ("memory begins anew in each epoch", "agent.warm_up(replay, device) if", "agent.initial(num_envs, device) if",
+     S + "test_memory_at_the_start_of_an_epoch"),
+    ("an action after the end", 'torch.as_tensor(~row["is_last"], device=device)[:, None]).cpu()', "1).cpu()", IDLE),
+    ("resetting rows are steps", 'int((~row["is_last"]).sum())', "num_envs", IDLE),
+    ("rows that decide nothing are stored", 'while row["is_last"].all():', "while False:", LIVES),
+    ("memory goes on after a lost life", 'dict(outcome, is_first=row["is_last"])', "outcome", LIVES),
+    ("returns of lives", "dict(outcome, is_last=envs.over)", "outcome", LIVES),
+    ("an epoch goes beyond the last step", "min(step + args.epoch_steps, args.total_timesteps)",
+     "step + args.epoch_steps", REPEATED),
+    ("frames are policy steps", "step * args.action_repeat", "step", REPEATED),
+    ("learning begins an epoch early", "if step > (args", "if step >= (args", EPOCHS),
+    ("the world model last", '("tokenizer", "world", "behaviour")', '("tokenizer", "behaviour", "world")', EACH_EPOCH),
+    ("no epochs that only train", "or extra < args.extra_epochs or", "or", EPOCHS),
+    ("steps stand still in the last epochs", "step + extra * args.epoch_steps", "step", EPOCHS),
+    ("tokens of the old tokenizer", "replay.tokens = None  #", "pass  #", EACH_EPOCH),
+    ("looking draws the run's random numbers", 'torch.random.fork_rng([device] if device.type == "cuda" else [])',
+     "torch.no_grad()", "test_resume:test_looking_changes_nothing"),
+    ("other weights in each process", "torch.manual_seed(args.seed)  #", "torch.manual_seed(args.seed + rank)  #",
+     "test_distributed:test_ranks_begin_equal_in_different_environments"),
+    ("each process plays the same episodes", "args.seed + rank * num_envs)", "args.seed + rank)",
+     "test_distributed:test_ranks_begin_equal_in_different_environments"),
+    # resume
+    ("a new optimiser", '        optimizers.load_state_dict(saved["optimizer"])\n', "", FINISHED),
+    ("new weights", '        agent.load_state_dict(saved["agent"])\n', "", FINISHED),
+    ("an empty replay", '        replay.load_state_dict(saved["replay"])\n', "", MIDWAY),
+    ("episodes are forgotten on resume", 'list(episode) for episode in state["episodes"]', "", MIDWAY),
+    ("other random numbers", '        torch.set_rng_state(saved["rng"])\n', "", FINISHED),
+    ("updates count anew", 'step, updates = saved["step"], saved["updates"]', 'step, updates = saved["step"], 0',
+     FINISHED),
+    ("the epoch begins again", '("extra", "begun", "goal", "done"))', '("extra", "begun", "goal", "goal"))', STOPPED,
+     EARLY),
+    ("an epoch's first step is forgotten", '("extra", "begun", "goal", "done"))', '("extra", "extra", "goal", "done"))',
+     STOPPED, LATE),
+    ("an epoch's goal is forgotten", '("extra", "begun", "goal", "done"))', '("extra", "begun", "extra", "done"))',
+     MIDWAY),
+    ("the last epochs again", 'extra, begun, goal, done = (saved', '_, begun, goal, done = (saved', FINISHED),
+    ("old metrics are forgotten", 'for k, v in saved["metrics"].items()}', "for k, v in ()}", FINISHED),
+    ("the same episodes again", "envs.seed += step", "envs.seed += 0", "test_resume:test_resumed_episodes_are_new"),
+    ("images of another size", '"image_size", "batch_length"', '"batch_length"',
+     "test_resume:test_resume_refuses_another_shape"),
+    ("a policy without its actor", '("tokenizer", "behaviour")  # what', '("tokenizer",)  # what',
+     "test_bad_input:test_policy_without_an_actor"),
+    ("infinite weights are saved", "values = check_finite(metrics, step, run)",
+     "values = {k: float(v) for k, v in metrics.items()}", "test_bad_input:test_nan_weights_are_not_saved"),
 ], dreamer_v2=[
     # pure functions
     ("alpha and 1 - alpha exchanged", "(1 - balance) * rep_loss + balance * dyn_loss",
@@ -463,15 +690,27 @@ class Captured:
         return SimpleNamespace(out=texts[0], err=texts[1])
 
 
+def make_fixture(tests, name, values):
+    """Add to the values that of a fixture of this test file, after those that it needs itself."""
+    function = inspect.unwrap(getattr(tests, name))
+    needed = inspect.signature(function).parameters
+    for other in [k for k in needed if k not in values]:
+        make_fixture(tests, other, values)
+    value = function(**{k: values[k] for k in needed})
+    values[name] = next(value) if inspect.isgenerator(value) else value
+
+
 def check(name, module, where, arguments, folder):
     """Call the test function `file:name` on a module: it takes that as `m` or `v3`, it or a test file that it uses has
-    it as a global, loads it by its name or runs its file. Fixtures are made here; a script that refuses has failed."""
+    it as a global, loads it by its name or runs its file. Fixtures about several scripts are made here, those about
+    one by their own functions; a script that refuses has failed."""
     file, function = where.split(":")
     tests, out, err = importlib.import_module(file), io.StringIO(), io.StringIO()
     test, original, captured = getattr(tests, function), load(name), Captured(out, err)
     wanted = inspect.signature(test).parameters
     torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+    own = pytest.MonkeyPatch.context()  # what the test undoes is not the module
+    with pytest.MonkeyPatch.context() as patch, own as monkeypatch, redirect_stdout(out), redirect_stderr(err):
         for user in [user for user in sys.modules.values() if getattr(user, "__file__", None)]:
             if Path(user.__file__).parent != TESTS or user.__name__ in ("conftest", __name__):
                 continue
@@ -479,7 +718,7 @@ def check(name, module, where, arguments, folder):
             changes |= dict(load=lambda _: module, ROOT=Path(module.__file__).parent)
             for key in changes.keys() & vars(user).keys():
                 patch.setattr(user, key, changes[key])
-        values = dict(arguments, m=module, v3=module, name=name, monkeypatch=patch, tmp_path=folder / "tmp",
+        values = dict(arguments, m=module, v3=module, name=name, monkeypatch=monkeypatch, tmp_path=folder / "tmp",
                       capsys=captured, capfd=captured)
         values["tmp_path"].mkdir()
         try:
@@ -489,6 +728,8 @@ def check(name, module, where, arguments, folder):
                 flags = test_resume.scripted(name, folder / "finished", save_every=10)
                 assert test_resume.execute(name, *flags) == 0
                 values["finished"] = values["run"] = name, test_resume.only(folder / "finished")
+            for fixture in [k for k in wanted if k not in values and hasattr(tests, k)]:
+                make_fixture(tests, fixture, values)
             captured.readouterr()
             test(**{k: values[k] for k in wanted if k in values})
         except SystemExit as end:
