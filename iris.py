@@ -138,7 +138,8 @@ class Args:
     """Atari: in training a lost life ends an episode (official); an evaluation always plays whole games"""
 
     buffer_size: int = 200_000
-    """replay rows over all environments; at most twice total_timesteps are allocated (official: keeps everything)"""
+    """replay rows over all environments; no more are allocated than total_timesteps need, also after a resume
+    (official: keeps everything)"""
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
     """where replay lives; auto: GPU memory if it fits in half of what is free, else memory-mapped files"""
     epoch_steps: int = 200
@@ -264,7 +265,7 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 def sample(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Indices (...) from softmax(logits (...,V)): argmax(p / e) with e ~ Exp(1) is an exact draw (exponential race).
 
-    No checks and no host reads, as 5,000 draws an update make the difference; noise of ones gives the mode."""
+    No checks and no host reads: a default update makes 362 draws, one after the other; noise of ones gives the mode."""
     return (at_least_float32(logits).softmax(-1) / noise).argmax(-1)
 
 
@@ -272,7 +273,8 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Index (...) of the codebook row (V,E) nearest to z (...,E): argmin_i |z - e_i|^2, the lowest of equals.
     Eq. 1 (arXiv:1711.00937v2), of VQ-VAE.
 
-    |z|^2 is the same for all i and left out. In float32 also under autocast: bf16 cannot tell neighbours apart."""
+    |z|^2 is the same for all i and left out. In float32 also under autocast, as bf16 cannot tell neighbours apart; on
+    CUDA in TF32, as in the official runs."""
     with torch.autocast(z.device.type, enabled=False):
         z, codebook = at_least_float32(z), at_least_float32(codebook)
         return (codebook.square().sum(-1) - 2 * z @ codebook.T).argmin(-1)
@@ -590,26 +592,31 @@ class SegmentReplay(Storage):
     end is no frame of it. The running episode can be sampled too. A segment that reaches over a border of its episode
     is padded with zeros, and `mask` says where.
 
-    When the tokenizer is done with its epoch, `tokenize` makes the field `tokens` of all frames; the field `recon`,
-    what they decode to, is made as it is asked for. Both are valid until the tokenizer is trained again."""
+    When the tokenizer is done with its epoch, `tokenize` makes the field `tokens` of all frames and `reconstruct` the
+    field `recon`, what they decode to: both stay as they are until the tokenizer is trained again."""
 
     def __init__(self, *args):
         super().__init__(*args)
         self.episodes, self.running = [], [None] * self.num_envs  # [first row, frames, environment]; the growing ones
-        self.table = self.tokens = None
+        self.table = self.tokens = self.recon = None
 
     def add(self, row: dict, action: np.ndarray, outcome: dict) -> None:
         """Append what was seen, (num_envs,...), the action's index, and the row that it led to."""
-        super().add(dict(image=row["image"], action=action, reward=outcome["reward"], end=outcome["is_last"]))
-        self.table = self.tokens = None
+        frame = ~np.asarray(row["is_last"])  # else this action only resets, and this row is never sampled
+        super().add(dict(image=row["image"], action=action, reward=outcome["reward"], end=outcome["is_last"],
+                         frame=frame))
+        self._extend(self.rows - 1, frame, outcome["is_last"])
+        self.table = self.tokens = self.recon = None
+
+    def _extend(self, row: int, frame, end) -> None:
+        """Account for a row's frames and ends (num_envs,)."""
         for env in range(self.num_envs):
-            if row["is_last"][env]:
-                continue  # this action only resets, and this row is never sampled
-            if self.running[env] is None:
-                self.running[env] = [self.rows - 1, 0, env]
+            if frame[env] and self.running[env] is None:
+                self.running[env] = [row, 0, env]
                 self.episodes.append(self.running[env])
-            self.running[env][1] += 1
-            if outcome["is_last"][env]:
+            if frame[env]:
+                self.running[env][1] += 1
+            if end[env]:
                 self.running[env] = None
 
     def refresh(self) -> None:
@@ -618,15 +625,15 @@ class SegmentReplay(Storage):
             lost = max(self.rows - self.size - episode[0], 0)
             episode[:2] = episode[0] + lost, episode[1] - lost
         self.episodes = [episode for episode in self.episodes if episode[1] > 0]
-        self.table = torch.tensor(self.episodes, device=self.device)
+        self.table = torch.tensor(sorted(self.episodes), device=self.device)
 
     def segment(self, first, frames, env, start, length: int, names: str) -> tuple[dict, torch.Tensor]:
         """The named fields (length,B,...) of `length` steps from `start` of the episodes (B), zero outside; mask."""
         step = start + torch.arange(length, device=self.device)[:, None]
         mask = (step >= 0) & (step < frames)
         index = (first + step.clamp(min=0).minimum(frames - 1)) % self.capacity * self.num_envs + env
-        found = {k: self.decoded(index) if k == "recon" else self.tokens[index] if k == "tokens" else
-                 self.data[k].flatten(0, 1)[index] for k in names.split()}
+        made = dict(tokens=self.tokens, recon=self.recon)
+        found = {k: (made[k] if k in made else self.data[k].flatten(0, 1))[index] for k in names.split()}
         return {k: v * mask.view(*mask.shape, *[1] * (v.dim() - 2)) for k, v in found.items()}, mask
 
     def sample(self, batch_size: int, length: int, names: str, last: bool = False) -> tuple[dict, torch.Tensor]:
@@ -646,33 +653,24 @@ class SegmentReplay(Storage):
         found, mask = self.segment(first, frames, env, frames - length, length, "image")
         return found["image"], mask
 
-    @torch.no_grad()
-    def tokenize(self, tokenizer: Tokenizer, device: torch.device, chunk: int = 256) -> None:
+    def tokenize(self, agent: Agent, chunk: int = 256) -> None:
         """Encode every frame in replay."""
-        held = min(self.rows, self.capacity) * self.num_envs
-        images = self.data["image"].flatten(0, 1)[:held].split(chunk)
-        self.tokens = torch.cat([tokenizer.encode(to_frames(x.to(device))).to(self.device) for x in images])
-        self.known = torch.zeros(held, dtype=torch.bool, device=self.device)
-        self.recon = None
-        self.decode = lambda tokens: tokenizer.decode(tokens.to(device)).to(self.device)
+        images = self.data["image"].flatten(0, 1)[: min(self.rows, self.capacity) * self.num_envs]
+        self.tokens = torch.cat([agent.encode(x).to(self.device) for x in images.split(chunk)])
 
-    @torch.no_grad()
-    def decoded(self, index: torch.Tensor) -> torch.Tensor:
-        """Reconstructions (...,C,Y,X) of the frames at these flat positions, each decoded when first asked for."""
-        for new in index[~self.known[index]].unique().split(256):
-            frames = self.decode(self.tokens[new])
-            if self.recon is None:
-                self.recon = frames.new_empty((len(self.tokens), *frames.shape[1:]))
-            self.recon[new], self.known[new] = frames, True
-        return self.recon[index]
-
-    def state_dict(self) -> dict:
-        return dict(super().state_dict(), episodes=self.episodes)
+    def reconstruct(self, agent: Agent, chunk: int = 256) -> None:
+        """Decode the tokens of every frame. Memory is that of a full replay, so that it serves the next epoch too."""
+        height, width, channels = self.data["image"].shape[2:]
+        self.recon = torch.empty(self.capacity * self.num_envs, channels, height, width, device=self.device)
+        for tokens, recon in zip(self.tokens.split(chunk), self.recon.split(chunk)):
+            recon[: len(tokens)] = agent.decode(tokens)
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue at a checkpoint. The environments begin anew, so no episode is running."""
+        """Continue at a checkpoint; the rows tell the episodes. The environments begin anew, so none is running."""
         super().load_state_dict(state)
-        self.episodes = [list(episode) for episode in state["episodes"]]
+        for row in range(self.rows - self.size, self.rows):
+            self._extend(row, *(self.data[k][row % self.capacity].tolist() for k in ("frame", "end")))
+        self.running = [None] * self.num_envs
 
 
 # ======== 6. networks ========
@@ -1038,6 +1036,7 @@ class Behaviour(nn.Module):
         self.convs = nn.ModuleList(conv(i, o) for i, o in zip(widths[:-1], widths[1:]))
         self.lstm = nn.LSTMCell(height // 16 * (width // 16) * widths[-1], args.lstm_units)
         self.actor, self.critic = nn.Linear(args.lstm_units, action_dim), nn.Linear(args.lstm_units, 1)
+        self.to(memory_format=torch.channels_last)  # an update takes 3 to 17 % less on a CPU, for the pooling
 
     def initial(self, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden and cell state (B,units) before anything was seen."""
@@ -1234,12 +1233,25 @@ class Agent(nn.Module):
         self.world = WorldModel(height // 16 * (width // 16), action_dim, args)
         self.behaviour = Behaviour(shapes["image"], action_dim, args)
         self.dream = self.imagine
-        self.to(memory_format=torch.channels_last)  # convolutions and pooling are faster
 
     def initial(self, num_envs: int, device: torch.device) -> dict:
         """Policy state before the first observation."""
         hidden, cell = self.behaviour.initial(num_envs, device)
         return dict(hidden=hidden, cell=cell, action=torch.zeros(num_envs, self.behaviour.action_dim, device=device))
+
+    @torch.no_grad()
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """Images (N,Y,X,C) uint8, on any device -> tokens (N,K)."""
+        device = self.world.rows.device
+        with autocast(self.args, device):
+            return self.tokenizer.encode(to_frames(image.to(device)))
+
+    @torch.no_grad()
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (N,K), on any device -> frames (N,C,Y,X) in [0,1], as in a dream."""
+        device = self.world.rows.device
+        with autocast(self.args, device):
+            return self.tokenizer.decode(tokens.to(device))
 
     @torch.no_grad()
     def act(self, row: dict, state: dict) -> dict:
@@ -1249,8 +1261,7 @@ class Agent(nn.Module):
         image, first = (torch.as_tensor(row[k], device=device) for k in ("image", "is_first"))
         hidden, cell = (state[k] * ~first[:, None] for k in ("hidden", "cell"))
         with autocast(args, device):
-            frames = self.tokenizer.decode(self.tokenizer.encode(to_frames(image)))  # as in a dream
-            logits, _, (hidden, cell) = self.behaviour(frames[None], (hidden, cell))
+            logits, _, (hidden, cell) = self.behaviour(self.decode(self.encode(image))[None], (hidden, cell))
         logits = logits[0] / (args.temperature if self.training else args.eval_temperature)
         index = sample(logits, torch.empty_like(logits).exponential_())
         if self.training:  # one draw for all environments
@@ -1261,11 +1272,13 @@ class Agent(nn.Module):
     @torch.no_grad()
     def warm_up(self, replay: SegmentReplay, device: torch.device) -> dict:
         """Policy state after the last `burn_in` frames of the running episodes, as tokenizer and policy are now."""
-        image, mask = (x.to(device) for x in replay.recent(self.args.burn_in))
         state = self.initial(replay.num_envs, device)
+        if not self.args.burn_in:
+            return state
+        image, mask = replay.recent(self.args.burn_in)
+        frames = torch.stack([self.decode(self.encode(x)) for x in image])
         with autocast(self.args, device):
-            frames = torch.stack([self.tokenizer.decode(self.tokenizer.encode(to_frames(x))) for x in image])
-            _, _, (hidden, cell) = self.behaviour(frames, (state["hidden"], state["cell"]), mask)
+            _, _, (hidden, cell) = self.behaviour(frames, (state["hidden"], state["cell"]), mask.to(device))
         return dict(state, hidden=hidden, cell=cell)
 
     def imagine(self, inputs: dict) -> dict:
@@ -1283,8 +1296,7 @@ class Agent(nn.Module):
 
 def train_step(part: str, agent: Agent, optimizers: Optimizers, replay: SegmentReplay, batch_size: int,
                perceptual=None) -> dict:
-    """One update of one part: sample, loss, backward, optimiser; -> metrics (). No host reads, except for the question
-    which frames are still to be decoded."""
+    """One update of one part: sample, loss, backward, optimiser. No host reads; -> metrics ()."""
     args, device = agent.args, agent.world.rows.device
     length, names, last = dict(
         tokenizer=(1, "image", False), world=(args.batch_length, "tokens action reward end", False),
@@ -1600,8 +1612,8 @@ def validate(args: Args) -> Args:
                         "behaviour_starts burn_in")
     if args.image_size % 16:
         fail(f"--image-size must be a multiple of 16 (four halvings), got {args.image_size}")
-    if args.channels % 2 or args.width % args.heads or args.vocab_size > 2**15:
-        fail("--channels must be even, --width a multiple of --heads, and --vocab-size at most 32768")
+    if args.channels % 2 or args.width % args.heads:
+        fail("--channels must be even, and --width a multiple of --heads")
     if min(args.batch_length, args.imag_horizon) < 2:
         fail("--batch-length and --imag-horizon must be at least 2: a frame and the one that follows")
     if max(args.gamma, args.lam, args.epsilon, args.sticky_actions) > 1 or args.dropout >= 1:
@@ -1641,7 +1653,7 @@ def choose_perceptual(args: Args, channels: int, device: torch.device) -> tuple[
 def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:
     """Fields of a replay row: name -> (shape, dtype)."""
     return dict(image=(shapes["image"], torch.uint8), action=((), torch.int16), reward=((), torch.float32),
-                end=((), torch.bool))
+                end=((), torch.bool), frame=((), torch.bool))
 
 
 def main(args: Args) -> None:
@@ -1666,12 +1678,26 @@ def main(args: Args) -> None:
 
     # ---- the state of a run: everything that a checkpoint holds ----
     saved = load_checkpoint(Path(args.resume)) if args.resume else None
-    # an episode of n decisions takes n + 1 rows when several environments go on without it
-    wanted = -(-min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs)
-    rows = saved["capacity"] if saved else max(args.batch_length + 1, wanted)
+    # an episode of n decisions takes n + 1 rows where several environments go on without it
+    useful = min(args.buffer_size, (2 if num_envs > 1 else 1) * args.total_timesteps)
+    rows = saved["capacity"] if saved else max(args.batch_length + 1, -(-useful // args.num_envs))
     specs = replay_specs(envs.shapes, agent, args)
-    place = replay_device(specs, rows * num_envs, args, device)
-    run, writer = start_run(args, saved and saved["step"]) if rank == 0 else ("", None)
+    height, width, channels = envs.shapes["image"]
+    recon = dict(recon=((channels, height, width), torch.float32)) if device.type == "cuda" else {}  # not in the files
+    place = replay_device({**specs, **recon}, rows * num_envs, args, device)
+    # an epoch, begun at step `begun`, collects until `goal`, then makes 3 x epoch_updates, `done` so far (-1: it has
+    # not begun); `extra` epochs have only trained
+    step, updates, extra, begun, goal, done, metrics = 0, 0, 0, 0, 0, -1, {}
+    if saved:
+        step, updates = saved["step"], saved["updates"]
+        extra, begun, goal, done = (saved[k] for k in ("extra", "begun", "goal", "done"))
+        extra = extra if step >= args.total_timesteps else 0  # of a finished run that is to collect more
+
+    def now() -> int:
+        """The policy step, and as if they went on in the epochs that only train."""
+        return step + extra * args.epoch_steps
+
+    run, writer = start_run(args, now() if saved else None) if rank == 0 else ("", None)
     run = Path(share_text(str(run)))
     folder = run / f"replay{rank}"
     folder.mkdir(exist_ok=True)
@@ -1679,16 +1705,11 @@ def main(args: Args) -> None:
     if absent:
         fail(f"replay of this run is not complete: no {folder / absent[0]}.npy")
     replay = SegmentReplay(specs, rows, num_envs, place, folder)
-    # an epoch, begun at step `begun`, collects until `goal`, then makes 3 x epoch_updates, `done` so far (-1: it has
-    # not begun); `extra` epochs have only trained
-    step, updates, extra, begun, goal, done, metrics = 0, 0, 0, 0, 0, -1, {}
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizers.load_state_dict(saved["optimizer"])
         replay.load_state_dict(saved["replay"])
-        step, updates = saved["step"], saved["updates"]
-        extra, begun, goal, done = (saved[k] for k in ("extra", "begun", "goal", "done"))
-        metrics = {k: torch.tensor(v) for k, v in saved["metrics"].items()}
+        metrics = {k: torch.tensor(v, device=device) for k, v in saved["metrics"].items()}
         envs.seed += step  # other episodes than the first ones again
     torch.manual_seed(args.seed + 1000 * rank + step)
     if saved and rank == 0:
@@ -1712,10 +1733,6 @@ def main(args: Args) -> None:
             if evaluation and args.eval_episodes:
                 path = run / "videos" / f"eval_{now()}.gif"
                 log_results(*evaluate(agent, whole_games, device, now()), writer, path, "eval/episode", now())
-
-    def now() -> int:
-        """The policy step, and as if they went on in the epochs that only train."""
-        return step + extra * args.epoch_steps
 
     def goes_on() -> bool:
         return step < args.total_timesteps or extra < args.extra_epochs or done >= 0
@@ -1765,9 +1782,11 @@ def main(args: Args) -> None:
             part = done // args.epoch_updates
             if step > (args.learning_starts, args.world_starts, args.behaviour_starts)[part]:
                 if part == 0:
-                    replay.tokens = None  # they were the old tokenizer's
+                    replay.tokens = replay.recon = None  # they were the old tokenizer's
                 elif replay.tokens is None:
-                    replay.tokenize(agent.tokenizer, device)
+                    replay.tokenize(agent)
+                if PARTS[part] == "behaviour" and replay.recon is None:
+                    replay.reconstruct(agent)
                 batch_size = (args.tokenizer_batch if part == 0 else args.batch_size) // world_size
                 metrics.update(train_step(PARTS[part], agent, optimizers, replay, batch_size, perceptual))
                 updates += 1

@@ -88,8 +88,7 @@ def make_parts(script, agent, shapes: dict, args, device: torch.device):
         replay.add(next(rows), rng.integers(agent.behaviour.action_dim, size=1), outcome)
 
     def once() -> int:
-        replay.tokenize(agent.tokenizer, device)
-        replay.decoded(torch.arange(frames, device=device))
+        replay.tokenize(agent), replay.reconstruct(agent)
         return frames
 
     args, perceptual = script.choose_perceptual(args, shapes["image"][-1], device)

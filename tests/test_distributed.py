@@ -203,7 +203,7 @@ def work_iris(script, rank: int) -> dict:
         row = dict(image=torch.randint(256, (1, *tiny.IMAGE["image"]), dtype=torch.uint8), is_last=[False])
         replay.add(row, torch.randint(3, (1,)), dict(reward=torch.randn(1), is_last=[t % 9 == 8]))
     for part in script.PARTS * 2:
-        replay.tokenize(agent.tokenizer, CPU)
+        replay.tokenize(agent), replay.reconstruct(agent)
         metrics = script.train_step(part, agent, optimizers, replay, 2)
         result["loss"] = metrics.get("losses/token", result.get("loss"))
     yield result | dict(after=state(agent), optimizer=optimizers.state_dict())

@@ -533,7 +533,7 @@ def test_resize():
 
 def test_segments():
     """One episode of seven steps, whose last one is its end."""
-    specs = dict(image=((1,), torch.uint8), action=((), torch.int16), reward=((), torch.float32), end=((), torch.bool))
+    specs = iris.replay_specs({"image": (1,)}, None, None)
     replay = iris.SegmentReplay(specs, 20, 1, CPU, None)
     for t in range(7):
         row = dict(image=torch.full((1, 1), t), is_last=[False])

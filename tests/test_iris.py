@@ -171,7 +171,7 @@ def test_perceptual_term():
 def test_each_part_trains_itself_only():
     """Which loss reaches which parameters; all of its own, and exactly none of the others."""
     a, replay = agent(torch.float32), filled_replay()
-    replay.tokenize(a.tokenizer, CPU)
+    replay.tokenize(a), replay.reconstruct(a)
     optimizers = m.Optimizers(a, a.args)
     for part in m.PARTS:
         before = {k: v.clone() for k, v in a.named_parameters()}
@@ -485,7 +485,7 @@ def test_dropout_in_training_only():
 def test_everything_that_drops(monkeypatch):
     """While the world model learns: embeddings, then of each block attention and both residuals."""
     a, replay, seen = agent(torch.float32, dropout=0.3), filled_replay(), []
-    replay.tokenize(a.tokenizer, CPU)
+    replay.tokenize(a), replay.reconstruct(a)
     for name, place in ("dropout", slice(1, 3)), ("scaled_dot_product_attention", slice(4, 5)):
         monkeypatch.setattr(m.F, name, lambda *args, function=getattr(F, name), place=place: (
             seen.append(args[place]) or function(*args)))
@@ -535,7 +535,7 @@ def test_dreams_begin_at_the_last_frame():
     a, replay, seen = agent(torch.float32), filled_replay(), []
     with torch.no_grad():
         a.tokenizer.pre_quant.weight.mul_(30)  # frames differ in their tokens
-    replay.tokenize(a.tokenizer, CPU)
+    replay.tokenize(a), replay.reconstruct(a)
     dream = a.dream
     a.dream = lambda inputs: seen.append(inputs) or dream(inputs)
     m.train_step("behaviour", a, m.Optimizers(a, a.args), replay, 50)
@@ -585,7 +585,7 @@ def test_segments_by_brute_force():
 
 def test_uniform_over_episodes():
     """Of episodes with 1 and 99 steps each gives half of the segments; every step of a long one is drawn."""
-    specs = dict(image=((1,), torch.uint8), action=((), torch.int16), reward=((), torch.float32), end=((), torch.bool))
+    specs = m.replay_specs({"image": (1,)}, None, None)
     replay = m.SegmentReplay(specs, 200, 1, CPU, None)
     for t in range(100):
         row = dict(image=np.full((1, 1), t), is_last=[False])
@@ -638,32 +638,41 @@ def test_endless_episode_in_a_ring():
 def test_tokens_in_replay():
     """Those of every frame, as the tokenizer is now; new rows and a new tokenizer make them invalid."""
     a, replay = agent(torch.float32), filled_replay()
-    replay.tokenize(a.tokenizer, CPU, chunk=7)
+    replay.tokenize(a, chunk=7), replay.reconstruct(a, chunk=7)
     batch, mask = replay.sample(50, 3, "image tokens recon")
     with torch.no_grad():
         fresh = a.tokenizer.encode(m.to_frames(batch["image"].flatten(0, 1))).unflatten(0, (3, 50))
+        frames = a.tokenizer.decode(fresh.flatten(0, 1)).unflatten(0, (3, 50))
     assert torch.equal(fresh[mask], batch["tokens"][mask])
+    torch.testing.assert_close(frames * mask[..., None, None, None], batch["recon"])
     replay.add(dict(image=np.zeros((2, 32, 32, 3)), is_last=[False, False]), np.zeros(2),
                dict(reward=np.zeros(2), is_last=np.zeros(2, bool)))
-    assert replay.tokens is None
+    assert replay.tokens is None and replay.recon is None
 
 
-def test_each_frame_is_decoded_once():
-    """The field recon is what the tokens decode to, zero in the padding; made anew after the tokenizer's next epoch."""
-    a, replay = agent(torch.float32), filled_replay()
-    for _ in range(2):
-        replay.tokenize(a.tokenizer, CPU)
-        decode, asked = replay.decode, []
-        replay.decode = lambda tokens: asked.append(len(tokens)) or decode(tokens)  # noqa: B023
-        for _ in range(3):
-            batch, mask = replay.sample(50, 3, "tokens recon", last=True)
-            with torch.no_grad():
-                fresh = a.tokenizer.decode(batch["tokens"].flatten(0, 1)).unflatten(0, (3, 50))
-            fresh = fresh * mask[..., None, None, None]
-            torch.testing.assert_close(batch["recon"], fresh)
-        assert sum(asked) == replay.known.sum() and 80 < sum(asked) <= 120
-        with torch.no_grad():
-            a.tokenizer.codebook.weight.neg_()
+def test_precision_of_frames_in_replay():
+    """That of acting and dreaming, also in bf16, where other tokens are nearest."""
+    a, replay = agent(torch.float32, precision="bf16"), filled_replay()
+    replay.tokenize(a), replay.reconstruct(a)
+    image = replay.data["image"].flatten(0, 1)
+    with torch.no_grad(), m.autocast(a.args, CPU):
+        tokens = a.tokenizer.encode(m.to_frames(image))
+        frames = a.tokenizer.decode(tokens)
+    assert torch.equal(tokens, replay.tokens) and torch.equal(frames, replay.recon)
+    assert not torch.equal(a.tokenizer.decode(tokens), frames)
+
+
+def test_rows_tell_the_episodes():
+    """Those of each process by itself: found again after a resume, also in a ring that was overwritten."""
+    for rows in (25, 60):
+        replay = filled_replay(envs=3, rows=60)
+        again = m.SegmentReplay(m.replay_specs(SHAPES, None, None), 60, 3, CPU, None)
+        again.data, state = replay.data, dict(rows=60, size=rows)
+        again.load_state_dict(state)
+        replay.size = rows
+        replay.refresh(), again.refresh()
+        assert torch.equal(replay.table, again.table) and len(again.table) > 10
+        assert again.running == [None] * 3
 
 
 # ---- acting ----
@@ -719,6 +728,16 @@ def test_memory_of_the_running_episode():
 # ---- the run ----
 
 
+def episodes_of(folder) -> list:
+    """[first row, frames, environment] of the replay of a run."""
+    saved = checkpoint(folder)
+    image = np.load(folder / "replay0" / "image.npy", mmap_mode="r")
+    specs = m.replay_specs({"image": image.shape[2:]}, None, None)
+    replay = m.SegmentReplay(specs, saved["capacity"], image.shape[1], CPU, folder / "replay0")
+    replay.load_state_dict(saved["replay"])
+    return replay.episodes
+
+
 def watch(monkeypatch) -> list:
     """(part, frames in replay) of every update of a run."""
     calls, train_step = [], m.train_step
@@ -751,13 +770,15 @@ def test_schedule(tmp_path, monkeypatch):
 
 
 def test_tokens_are_made_anew_in_each_epoch(tmp_path, monkeypatch):
-    """When its tokenizer is done, once; also in epochs that only train."""
-    calls, tokenize, train_step = [], m.SegmentReplay.tokenize, m.train_step
-    monkeypatch.setattr(m.SegmentReplay, "tokenize", lambda *args: calls.append("tokenize") or tokenize(*args))
+    """When its tokenizer is done, once, and decoded when the policy learns; also in epochs that only train."""
+    calls, replay, train_step = [], m.SegmentReplay, m.train_step
+    tokenize, reconstruct = replay.tokenize, replay.reconstruct
+    monkeypatch.setattr(replay, "tokenize", lambda *args: calls.append("tokenize") or tokenize(*args))
+    monkeypatch.setattr(replay, "reconstruct", lambda *args: calls.append("decode") or reconstruct(*args))
     monkeypatch.setattr(m, "train_step", lambda part, *args: calls.append(part) or train_step(part, *args))
     tiny.run("iris", tmp_path / "run", epoch_steps=6, total_timesteps=12, extra_epochs=2, learning_starts=0,
              world_starts=0, behaviour_starts=0, eval_episodes=0)
-    assert calls == 4 * ["tokenizer", "tokenize", "world", "behaviour"]
+    assert calls == 4 * ["tokenizer", "tokenize", "world", "decode", "behaviour"]
 
 
 def test_memory_at_the_start_of_an_epoch(tmp_path, monkeypatch):
@@ -803,7 +824,7 @@ def test_a_lost_life_begins_a_new_episode(tmp_path, monkeypatch):
     folder = tiny.run("iris", tmp_path / "run", env_id="tiny:ScriptedImage-v0", total_timesteps=12, eval_episodes=0)
     assert [int(row["image"][0, 0, 0, 0]) for row in seen] == 2 * [0, 1, 2, 4, 5, 6]
     assert [bool(row["is_first"]) for row in seen] == 4 * [True, False, False]
-    assert checkpoint(folder)["replay"]["episodes"] == [[3 * i, 3, 0] for i in range(4)]
+    assert episodes_of(folder) == [[3 * i, 3, 0] for i in range(4)]
     assert tiny.events(folder)[0]["charts/episodic_return"] == [(6, 28), (12, 28)]
 
 
@@ -817,7 +838,7 @@ def test_rows_in_replay(tmp_path):
     assert saved["rows"] == 24 and step.tolist() == [i % 7 for i in range(24)]
     assert np.array_equal(rows["reward"], step + 1) and np.array_equal(rows["end"], step == 6)
     assert np.array_equal(code[1:], np.where(step[1:] == 0, 0, rows["action"][:-1] + 1))
-    assert saved["episodes"] == [[0, 7, 0], [7, 7, 0], [14, 7, 0], [21, 3, 0]]
+    assert episodes_of(folder) == [[0, 7, 0], [7, 7, 0], [14, 7, 0], [21, 3, 0]]
 
 
 def test_lives(tmp_path, monkeypatch):
@@ -829,7 +850,7 @@ def test_lives(tmp_path, monkeypatch):
                       temperature=1.0, eval_episodes=1)
     assert seen == [True, False]
     saved, ends = checkpoint(folder)["replay"], np.load(folder / "replay0" / "end.npy")
-    episodes, scalars = saved["episodes"], tiny.events(folder)[0]
+    episodes, scalars = episodes_of(folder), tiny.events(folder)[0]
     assert len(episodes) >= 5 and saved["rows"] == 300, "with one environment no row is lost"
     for first, frames, _ in episodes[:-1]:
         assert ends[first + frames - 1] and ends[first : first + frames].sum() == 1
@@ -845,11 +866,9 @@ def test_continuous_actions_are_refused(capsys):
 
 @pytest.mark.parametrize("part", m.PARTS)
 def test_no_host_reads(part, monkeypatch):
-    """An update of any part never waits for a value, when all frames are decoded."""
+    """An update of any part never waits for a value."""
     a, replay = agent(torch.float32), filled_replay()
-    replay.tokenize(a.tokenizer, CPU)
-    frames = replay.decoded(torch.arange(len(replay.tokens)))
-    monkeypatch.setattr(replay, "decoded", lambda index: frames[index])
+    replay.tokenize(a), replay.reconstruct(a)
     optimizers = m.Optimizers(a, a.args)
     m.train_step(part, a, optimizers, replay, 4, m.pixel_distance)  # makes the optimiser's state
     check_no_host_reads(lambda: m.train_step(part, a, optimizers, replay, 4, m.pixel_distance), monkeypatch)
@@ -889,6 +908,40 @@ def test_finished_run_resumed(tmp_path):
     assert (saved["updates"], saved["extra"]) == (9, 2)
     assert execute("iris", f"--resume={only(tmp_path)}") == 0
     assert {d.split("/")[1] for d in differences(saved, checkpoint(only(tmp_path)))} <= {"args"}
+
+
+ONE_EPOCH = dict(epoch_steps=6, total_timesteps=6, learning_starts=0, world_starts=0, behaviour_starts=0, log_every=1)
+
+
+def test_finished_run_collects_more(tmp_path):
+    """With a larger budget: another epoch, and the last ones again."""
+    assert execute("iris", *scripted("iris", tmp_path, **ONE_EPOCH, extra_epochs=2)) == 0
+    assert execute("iris", f"--resume={only(tmp_path)}", "--total-timesteps=12") == 0
+    saved = checkpoint(only(tmp_path))
+    assert (saved["step"], saved["extra"], saved["updates"]) == (12, 2, 9 + 9)
+
+
+def test_curves_of_the_last_epochs(tmp_path, monkeypatch):
+    """They are complete after a stop among them and a resume."""
+    calls, step = [], torch.optim.Optimizer.zero_grad
+
+    def stop(self, *args):
+        calls.append(self)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", stop)
+    assert execute("iris", *scripted("iris", tmp_path, **ONE_EPOCH, extra_epochs=3)) == 0
+    assert checkpoint(only(tmp_path))["extra"] == 1
+    assert execute("iris", f"--resume={only(tmp_path)}") == 0
+    assert [step for step, _ in tiny.events(only(tmp_path))[0]["losses/token"]] == [6, 12, 18, 24]
+
+
+@pytest.mark.filterwarnings("ignore:.*render_mode")
+def test_without_burn_in(tmp_path):
+    folder = tiny.run("iris", tmp_path / "run", burn_in=0)
+    assert checkpoint(folder)["step"] == 24
 
 
 def test_stopped_while_collecting(tmp_path, monkeypatch):

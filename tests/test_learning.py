@@ -150,8 +150,8 @@ class TokenAccuracy:
 
     @torch.no_grad()
     def result(self) -> dict[str, float]:
-        world, device = self.agent.world, torch.device("cpu")
-        self.replay.tokenize(self.agent.tokenizer, device)
+        world = self.agent.world
+        self.replay.tokenize(self.agent)
         batch, mask = self.replay.sample(500, self.agent.args.batch_length, "tokens action")
         tokens = batch["tokens"].transpose(0, 1)
         guess = world.logits(tokens, batch["action"].long().T)[0].argmax(-1)
