@@ -138,8 +138,7 @@ class Args:
     """Atari: in training a lost life ends an episode (official); an evaluation always plays whole games"""
 
     buffer_size: int = 200_000
-    """replay rows over all environments; no more are allocated than total_timesteps need, also after a resume
-    (official: keeps everything)"""
+    """replay rows over all environments; at most what the budget at the start needs (official: keeps everything)"""
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
     """where replay lives; auto: GPU memory if it fits in half of what is free, else memory-mapped files"""
     epoch_steps: int = 200

@@ -285,7 +285,7 @@ def test_sequence_longer_than_the_resumed_replay(run, capfd):
 def test_no_room_for_replay(name, tmp_path, monkeypatch, capfd):
     """Said before anything is written, with a size that would fit."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(total=10**6, used=0, free=2 * 10**5))
-    line = refused(capfd, name, *scripted(name, tmp_path / "runs", total_timesteps=200))
+    line = refused(capfd, name, *scripted(name, tmp_path / "runs", total_timesteps=400))
     fits = int(line.split("--buffer-size ")[1].split()[0])
     assert not (tmp_path / "runs").exists()
     assert execute(name, *scripted(name, tmp_path / "runs", buffer_size=fits)) == 0, "the advice is good"
