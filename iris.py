@@ -1035,7 +1035,7 @@ class Behaviour(nn.Module):
         self.convs = nn.ModuleList(conv(i, o) for i, o in zip(widths[:-1], widths[1:]))
         self.lstm = nn.LSTMCell(height // 16 * (width // 16) * widths[-1], args.lstm_units)
         self.actor, self.critic = nn.Linear(args.lstm_units, action_dim), nn.Linear(args.lstm_units, 1)
-        self.to(memory_format=torch.channels_last)  # an update takes 3 to 17 % less on a CPU, for the pooling
+        self.to(memory_format=torch.channels_last)  # pooling is faster: up to 17 % less time per update on a CPU
 
     def initial(self, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden and cell state (B,units) before anything was seen."""

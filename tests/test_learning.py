@@ -20,21 +20,20 @@ from conftest import ALGORITHMS, TESTS, load
 
 pytestmark = pytest.mark.learning
 
+QUIET = dict(device="cpu", eval_episodes=0, video_every=0, save_every=10**9)
 FAST = dict(
+    QUIET,
     size="size1m",
     image_size=16,
     batch_size=16,
     lr=3e-4,
     warmup=100,
     ent_coef=3e-3,
-    device="cpu",
     total_timesteps=14_000,
-    eval_episodes=0,
-    video_every=0,
-    save_every=10**9,
     buffer_size=50_000,
 )
 FAST_V2 = dict(
+    QUIET,
     deter=128,
     hidden=128,
     stoch=32,
@@ -50,14 +49,11 @@ FAST_V2 = dict(
     model_lr=4e-4,
     actor_lr=2e-4,
     critic_lr=3e-4,
-    device="cpu",
     eval_every=0,
-    eval_episodes=0,
-    video_every=0,
-    save_every=10**9,
     buffer_size=50_000,
 )
 FAST_IRIS = dict(
+    QUIET,
     image_size=32,
     epoch_steps=50,
     epoch_updates=50,
@@ -79,13 +75,9 @@ FAST_IRIS = dict(
     lr=3e-4,
     ent_coef=0.01,
     perceptual_loss="pixel",
-    device="cpu",
     total_timesteps=6_000,
     extra_epochs=0,
     eval_every=0,
-    eval_episodes=0,
-    video_every=0,
-    save_every=10**9,
 )
 CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; random play: -0.5, 6.5, 3.3, 22 and 0
     "dreamer_v2": dict(
