@@ -66,7 +66,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -410,7 +409,7 @@ class GymEnvs:
         if control and pixels:  # as the official code: small images, the camera that follows
             camera = 2 if "quadruped" in env_id else 0
             render["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
-        wrappers = [partial(ActionRepeat, repeat=action_repeat)] if action_repeat > 1 else []
+        wrappers = [lambda env: ActionRepeat(env, action_repeat)] if action_repeat > 1 else []
         wrappers += [gymnasium.wrappers.AddRenderObservation] if pixels else []
         try:
             self.envs = gymnasium.make_vec(
@@ -566,13 +565,15 @@ class Storage:
                 self.data[name].copy_(torch.from_numpy(array).view(self.data[name].dtype))
 
 
-def replay_device(specs: dict, rows: int, args, device: torch.device) -> torch.device:
-    """Where replay goes: the GPU if it fits in half of the free memory, else files. Says its size, checks the disk."""
+def replay_device(specs: dict, rows: int, args, device: torch.device, beside: int = 0) -> torch.device:
+    """Where replay goes: the GPU if it fits in half of the free memory, else files. Says its size, checks the disk.
+
+    `beside`: bytes per row that are kept in the same memory and never in files."""
     row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-    need, folder = row * rows, Path(args.run_dir).absolute()
-    fits = device.type == "cuda" and need <= torch.cuda.mem_get_info(device)[0] / 2
+    need, whole, folder = row * rows, (row + beside) * rows, Path(args.run_dir).absolute()
+    fits = device.type == "cuda" and whole <= torch.cuda.mem_get_info(device)[0] / 2
     if args.buffer_device == "cuda" and not fits:
-        fail(f"replay needs {need / 2**30:.1f} GiB, over half of the free GPU memory; lower --buffer-size")
+        fail(f"replay needs {whole / 2**30:.1f} GiB, over half of the free GPU memory; lower --buffer-size")
     device = device if fits and args.buffer_device != "cpu" else torch.device("cpu")
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if need > free and not args.resume:
@@ -673,6 +674,29 @@ class SegmentReplay(Storage):
 
 
 # ======== 6. networks ========
+
+
+# ==== shared: dense layer ====
+CPU_INFO = Path("/proc/cpuinfo")
+SLOW_MKL = CPU_INFO.exists() and {"AuthenticAMD", "avx512f"} <= set(CPU_INFO.read_text().split())
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear`, (...,in) with (out,in) -> (...,out). Where MKL leaves AVX-512 unused (on AMD, pytorch/builder#1245)
+    many rows become the pixels of 16 images in a 1x1 convolution by oneDNN, in half the time."""
+    rows = x.numel() // x.shape[-1]
+    if x.device.type != "cpu" or not SLOW_MKL or rows < 512 or rows % 16:
+        return F.linear(x, weight, bias)
+    images = x.reshape(16, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+    return F.conv2d(images, weight[..., None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+# ==== end shared ====
+
+
+class Linear(nn.Linear):
+    """(...,in) -> (...,out) with PyTorch's initialisation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
@@ -886,8 +910,8 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.qkv, self.out = Linear(width, 3 * width), Linear(width, width)
+        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None, start: int, cache, dropout: float) -> torch.Tensor:
         """Positions start..start+n of the sequence; those before are in `cache` (2,B,heads,positions,W/heads)."""
@@ -917,7 +941,7 @@ class WorldModel(nn.Module):
         self.blocks = nn.ModuleList(Block(width, args.heads) for _ in range(args.layers))
         self.norm = nn.LayerNorm(width)
         self.token_head, self.reward_head, self.end_head = (
-            nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, n)) for n in (args.vocab_size, 3, 2))
+            nn.Sequential(Linear(width, width), nn.ReLU(), Linear(width, n)) for n in (args.vocab_size, 3, 2))
         # what predicts a token: all but the last token of a frame, whose successor, the action, nobody predicts
         self.register_buffer("rows", torch.tensor([*range(tokens - 1), tokens]), persistent=False)
         for module in self.modules():  # minGPT's initialisation, without its smaller residual layers
@@ -1203,17 +1227,26 @@ class Recorded:
     def __init__(self, function):
         self.function, self.graph = function, None
 
+    def record(self, inputs: dict) -> None:
+        self.inputs = {k: v.clone() for k, v in inputs.items()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once without recording: libraries set themselves up
+            self.function(self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.function(self.inputs)
+
     def __call__(self, inputs: dict) -> dict:
         if self.graph is None:
-            self.inputs = {k: v.clone() for k, v in inputs.items()}
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # once without recording: libraries set themselves up
-                self.function(self.inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(self.inputs)
+            try:
+                self.record(inputs)
+            except RuntimeError as error:
+                self.graph = False
+                print(f"no CUDA graph of a dream, it runs eagerly: {str(error).splitlines()[0]}")
+        if not self.graph:
+            return self.function(inputs)
         for k, v in inputs.items():
             self.inputs[k].copy_(v)
         self.graph.replay()
@@ -1599,9 +1632,8 @@ def check_numbers(args, may_be_zero: str) -> None:
     """Counts are positive except those named, all other numbers finite and not negative."""
     for f in fields(args):
         value, positive = getattr(args, f.name), "int" in f.type and f.name not in may_be_zero.split()
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= positive):
-            if not isinstance(value, bool):
-                fail(f"--{f.name.replace('_', '-')} must be {'positive' if positive else 'zero or more'}, got {value}")
+        if type(value) in (int, float) and not (math.isfinite(value) and value >= positive):  # not bool
+            fail(f"--{f.name.replace('_', '-')} must be {'positive' if positive else 'zero or more'}, got {value}")
 # ==== end shared ====
 
 
@@ -1681,9 +1713,8 @@ def main(args: Args) -> None:
     useful = min(args.buffer_size, (2 if num_envs > 1 else 1) * args.total_timesteps)
     rows = saved["capacity"] if saved else max(args.batch_length + 1, -(-useful // args.num_envs))
     specs = replay_specs(envs.shapes, agent, args)
-    height, width, channels = envs.shapes["image"]
-    recon = dict(recon=((channels, height, width), torch.float32)) if device.type == "cuda" else {}  # not in the files
-    place = replay_device({**specs, **recon}, rows * num_envs, args, device)
+    decoded = 4 * math.prod(envs.shapes["image"])  # bytes, see `SegmentReplay.reconstruct`
+    place = replay_device(specs, rows * num_envs, args, device, decoded)
     # an epoch, begun at step `begun`, collects until `goal`, then makes 3 x epoch_updates, `done` so far (-1: it has
     # not begun); `extra` epochs have only trained
     step, updates, extra, begun, goal, done, metrics = 0, 0, 0, 0, 0, -1, {}

@@ -144,6 +144,7 @@ if __name__ == "__main__":
 
     script, device, cpu_ms = load("dreamer_v2"), torch.device("cpu"), []
     torch.set_num_threads(1)
+    script.Linear.forward = nn.Linear.forward
     args = script.resolve(script.parse_args(sys.argv[1:]), device)
     agent = script.Agent({"image": (64, 64, 1)}, 6, True, args)
     _, rows = make_update(script, agent, {"image": (64, 64, 1)}, args, device)

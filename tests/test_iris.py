@@ -650,6 +650,16 @@ def test_tokens_in_replay():
     assert replay.tokens is None and replay.recon is None
 
 
+def test_a_dream_that_cannot_be_recorded_runs_eagerly(monkeypatch, capsys):
+    def broken():
+        raise RuntimeError("no stream here\nand more")
+
+    monkeypatch.setattr(torch.cuda, "Stream", broken)
+    dream = m.Recorded(lambda inputs: dict(y=inputs["x"] + 1))
+    assert [int(dream(dict(x=torch.tensor(x)))["y"]) for x in (1, 5)] == [2, 6]
+    assert capsys.readouterr().out == "no CUDA graph of a dream, it runs eagerly: no stream here\n"
+
+
 def test_precision_of_frames_in_replay():
     """That of acting and dreaming, also in bf16, where other tokens are nearest."""
     a, replay = agent(torch.float32, precision="bf16"), filled_replay()

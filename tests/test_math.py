@@ -142,6 +142,22 @@ def test_return_scale_starts_small_and_takes_all_returns_together(v3):
 # ---- networks ----
 
 
+@pytest.mark.parametrize("rows, slow_mkl, by_convolution", [
+    (512, True, True), (512, False, False), (496, True, False), (520, True, False)])
+@pytest.mark.parametrize("bias", [None, rand(5)])
+def test_dense_layer_of_many_rows(v3, monkeypatch, rows, slow_mkl, by_convolution, bias):
+    used = []
+    monkeypatch.setattr(v3.F, "conv2d", lambda *args, plain=F.conv2d: used.append(1) or plain(*args))
+    monkeypatch.setattr(v3, "SLOW_MKL", slow_mkl)
+    x, weight = rand(4, rows // 4, 7).requires_grad_(), rand(9, 5).requires_grad_()
+    inputs, out = (x[..., 1:], weight.T[:, :6], bias), rand(4, rows // 4, 5)  # nothing is contiguous
+    ours, plain = v3.linear(*inputs), F.linear(*inputs)
+    assert ours.shape == plain.shape and bool(used) is by_convolution
+    assert relative(ours, plain) < 1e-12
+    for a, b in zip(*(torch.autograd.grad((out * y).sum(), (x, weight)) for y in (ours, plain))):
+        assert relative(a, b) < 1e-12
+
+
 def test_upsampling_convolution_by_phases(v3):
     conv, x = shake(v3.UpConv(3, 5)), rand(2, 4, 6, 3).requires_grad_()
     big = x.repeat_interleave(2, 1).repeat_interleave(2, 2).permute(0, 3, 1, 2)

@@ -597,6 +597,9 @@ MUTATIONS = dict(iris=[
      "test_golden_dreamer_v3:test_decoder"),
     ("upsampling phases shifted", "(p + k - 2) // 2 + 1 == a", "(p + k - 1) // 2 + 1 == a",
      "test_math:test_upsampling_convolution_by_phases"),
+    ("a dense layer of many rows without bias", "weight[..., None, None], bias)", "weight[..., None, None])",
+     "test_math:test_dense_layer_of_many_rows",
+     dict(rows=512, slow_mkl=True, by_convolution=True, bias=torch.ones(5, dtype=torch.float64))),
     # world model
     ("the action crosses a reset", "prev_action.to(dtype) * keep", "prev_action.to(dtype)", RESET),
     ("the state crosses a reset", "self.observe_step(weights, deter * k, stoch * k, a, x, e)",

@@ -166,6 +166,18 @@ def test_announced_bytes_are_the_real_size(m, tmp_path, capsys):
 
 
 @STORAGE
+def test_what_is_kept_beside_the_rows_counts_on_a_gpu_only(m, tmp_path, monkeypatch):
+    specs, gpu = dict(image=((10, 10, 1), torch.uint8)), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 0))
+    monkeypatch.setattr(m.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=500))())
+    args = m.Args(run_dir=str(tmp_path))
+    assert m.replay_device(specs, 5, args, gpu) == gpu  # 500 bytes are half of the memory
+    assert m.replay_device(specs, 5, args, gpu, beside=1) == CPU  # and the disk has room for the rows
+    with pytest.raises(SystemExit):
+        m.replay_device(specs, 5, m.Args(run_dir=str(tmp_path), buffer_device="cuda"), gpu, beside=1)
+
+
+@STORAGE
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no posix_fallocate on this system")
 def test_full_disk_is_an_error_before_the_first_row(m, tmp_path, monkeypatch):
     def full(*_):
