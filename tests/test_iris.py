@@ -851,6 +851,14 @@ def test_rows_in_replay(tmp_path):
     assert episodes_of(folder) == [[0, 7, 0], [7, 7, 0], [14, 7, 0], [21, 3, 0]]
 
 
+def test_decoded_frames_are_announced_beside_replay(tmp_path, monkeypatch):
+    seen, place = [], m.replay_device
+    monkeypatch.setattr(m, "replay_device", lambda *args: seen.append(args[-1]) or place(*args))
+    folder = tiny.run("iris", tmp_path / "run", total_timesteps=1)
+    image = np.load(folder / "replay0" / "image.npy", mmap_mode="r")
+    assert seen == [4 * image[0, 0].size], "bytes of a frame in float32"
+
+
 def test_lives(tmp_path, monkeypatch):
     """Each life is an episode in replay, without the frame after the loss; returns are those of whole games, and an
     evaluation plays them to the end."""
