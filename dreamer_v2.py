@@ -83,130 +83,82 @@ from tqdm import tqdm
 
 # ======== 2. arguments ========
 
-
 @dataclass
 class Args:
     """DreamerV2: world model, imagination and actor-critic in one file. Counts accept 1_000_000 and 1e6."""
 
-    exp_name: str = "dreamer_v2"
-    """second part of the run directory's name"""
-    env_id: str = "ALE/Pong-v5"
-    """any Gymnasium id, also module:Env-v0; what is not one image is rendered"""
-    seed: int = 1
-    """seed of weights, environments and sampling"""
+    exp_name: str = "dreamer_v2"  # second part of the run directory's name
+    env_id: str = "ALE/Pong-v5"  # any Gymnasium id, also module:Env-v0; what is not one image is rendered
+    seed: int = 1  # seed of weights, environments and sampling
+    # values for the flags left alone; default: released Atari; paper: Table D.1; dmc: released control from pixels
     preset: Literal["default", "tiny", "paper", "dmc"] = "default"
-    """values for the flags left alone; default: released Atari; paper: Table D.1; dmc: released control from pixels"""
+    # policy steps over all environments; frames = steps x action repeat (official: 200M frames)
     total_timesteps: int = 50_000_000
-    """policy steps over all environments; frames = steps x action repeat (official: 200M frames)"""
-    num_envs: int = 1
-    """parallel environments (official: 1)"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps"""
+    num_envs: int = 1  # parallel environments (official: 1)
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    # computation (weights stay fp32); auto: bf16 on CUDA (official: float16), else fp32
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """computation (weights stay fp32); auto: bf16 on CUDA (official: float16), else fp32"""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the steps and the large regions; auto: on CUDA only"""
-    run_dir: str = "runs"
-    """where run directories go"""
-    resume: str = ""
-    """run directory to continue, or auto: the newest one of this environment, name and seed"""
-    save_every: int = 10_000
-    """policy steps between checkpoints"""
-    eval_every: int = 250_000
-    """policy steps between evaluations (official); 0: one at the end"""
-    eval_episodes: int = 10
-    """episodes per evaluation (official: 1)"""
-    eval_only: bool = False
-    """evaluate --checkpoint and stop"""
-    checkpoint: str = ""
-    """policy.pt or run directory for --eval-only"""
-    video_every: int = 50_000
-    """policy steps between open-loop videos; 0: one at the end"""
-    log_every: int = 1_000
-    """policy steps between metric logs"""
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the steps and the large regions; auto: on CUDA only
+    run_dir: str = "runs"  # where run directories go
+    resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
+    save_every: int = 10_000  # policy steps between checkpoints
+    eval_every: int = 250_000  # policy steps between evaluations (official); 0: one at the end
+    eval_episodes: int = 10  # episodes per evaluation (official: 1)
+    eval_only: bool = False  # evaluate --checkpoint and stop
+    checkpoint: str = ""  # policy.pt or run directory for --eval-only
+    video_every: int = 50_000  # policy steps between open-loop videos; 0: one at the end
+    log_every: int = 1_000  # policy steps between metric logs
 
-    grayscale: bool = True
-    """Atari in gray (official)"""
+    grayscale: bool = True  # Atari in gray (official)
+    # environment steps per policy step; None: 4 on Atari, 1 elsewhere (official; 2 for control)
     action_repeat: int | None = None
-    """environment steps per policy step; None: 4 on Atari, 1 elsewhere (official; 2 for control)"""
-    sticky_actions: float = 0.25
-    """Atari: probability that a frame repeats the last action (official)"""
-    full_action_space: bool = False
-    """Atari: all 18 actions (paper)"""
+    sticky_actions: float = 0.25  # Atari: probability that a frame repeats the last action (official)
+    full_action_space: bool = False  # Atari: all 18 actions (paper)
+    # applied to replayed rewards, never to logged returns (official: tanh on Atari, identity for control)
     reward_transform: Literal["tanh", "identity"] = "tanh"
-    """applied to replayed rewards, never to logged returns (official: tanh on Atari, identity for control)"""
 
+    # replay rows over all environments (official); no more than total_timesteps are allocated, also after a resume
     buffer_size: int = 2_000_000
-    """replay rows over all environments (official); no more than total_timesteps are allocated, also after a resume"""
+    # where replay lives; auto: GPU memory if it fits in half of what is free, else memory-mapped files
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where replay lives; auto: GPU memory if it fits in half of what is free, else memory-mapped files"""
-    learning_starts: int = 50_000
-    """policy steps with uniformly random actions before the first update (official)"""
-    pretrain: int = 1
-    """additional updates at the first one (official)"""
-    batch_size: int = 16
-    """sequences per update, B (official; paper: 50)"""
-    batch_length: int = 50
-    """steps per sequence, T (official); episodes with fewer steps are never replayed"""
-    prioritize_ends: bool = True
-    """replay the ends of episodes more often (official on Atari)"""
-    train_every: int = 16
-    """policy steps per update (official; paper: 4)"""
+    learning_starts: int = 50_000  # policy steps with uniformly random actions before the first update (official)
+    pretrain: int = 1  # additional updates at the first one (official)
+    batch_size: int = 16  # sequences per update, B (official; paper: 50)
+    batch_length: int = 50  # steps per sequence, T (official); episodes with fewer steps are never replayed
+    prioritize_ends: bool = True  # replay the ends of episodes more often (official on Atari)
+    train_every: int = 16  # policy steps per update (official; paper: 4)
 
-    stoch: int = 32
-    """groups of latents, S (official)"""
-    classes: int = 32
-    """classes per group, K (official)"""
-    deter: int = 600
-    """width of h (official Atari)"""
-    hidden: int = 600
-    """width of the RSSM's hidden layers (official Atari)"""
-    cnn_depth: int = 48
-    """channels of the first convolution; doubled by each further one (official)"""
-    layers: int = 4
-    """hidden layers of each head, actor and critic (official)"""
-    units: int = 400
-    """width of those layers (official)"""
-    kl_scale: float = 0.1
-    """weight of the KL, beta (official Atari; paper's tuning range 0.1, 0.3, 1, 3)"""
+    stoch: int = 32  # groups of latents, S (official)
+    classes: int = 32  # classes per group, K (official)
+    deter: int = 600  # width of h (official Atari)
+    hidden: int = 600  # width of the RSSM's hidden layers (official Atari)
+    cnn_depth: int = 48  # channels of the first convolution; doubled by each further one (official)
+    layers: int = 4  # hidden layers of each head, actor and critic (official)
+    units: int = 400  # width of those layers (official)
+    kl_scale: float = 0.1  # weight of the KL, beta (official Atari; paper's tuning range 0.1, 0.3, 1, 3)
+    # share of the KL's gradient that trains the prior, alpha (official); 0.5: one KL without balancing
     kl_balance: float = 0.8
-    """share of the KL's gradient that trains the prior, alpha (official); 0.5: one KL without balancing"""
-    free_nats: float = 0.0
-    """KL, mean of the batch, below which it is not trained (official: 0 on Atari, 1 for control)"""
-    pred_discount: bool = True
-    """predict episode ends, else the discount is always gamma (official on Atari)"""
-    discount_scale: float = 5.0
-    """weight of the discount loss (official Atari)"""
-    imag_horizon: int = 15
-    """imagined steps, H (official)"""
-    gamma: float = 0.999
-    """discount (official Atari; paper: 0.995; its tuning range 0.99, 0.999)"""
-    lam: float = 0.95
-    """lambda of the returns (official)"""
+    free_nats: float = 0.0  # KL, mean of the batch, below which it is not trained (official: 0 on Atari, 1 for control)
+    pred_discount: bool = True  # predict episode ends, else the discount is always gamma (official on Atari)
+    discount_scale: float = 5.0  # weight of the discount loss (official Atari)
+    imag_horizon: int = 15  # imagined steps, H (official)
+    gamma: float = 0.999  # discount (official Atari; paper: 0.995; its tuning range 0.99, 0.999)
+    lam: float = 0.95  # lambda of the returns (official)
+    # gradient of the actor; auto: reinforce for discrete, dynamics for continuous actions (official)
     actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"
-    """gradient of the actor; auto: reinforce for discrete, dynamics for continuous actions (official)"""
-    rho: str = "0.9"
-    """share of Reinforce with --actor-grad both (official: 1 - actor_grad_mix); may be a schedule"""
+    rho: str = "0.9"  # share of Reinforce with --actor-grad both (official: 1 - actor_grad_mix); may be a schedule
+    # entropy bonus (official Atari; range 3e-5 to 1e-3); or linear(a,b,n) warmup(n,a) exp(a,b,n) horizon(a,b,n)
     ent_coef: str = "1e-3"
-    """entropy bonus (official Atari; range 3e-5 to 1e-3); or linear(a,b,n) warmup(n,a) exp(a,b,n) horizon(a,b,n)"""
+    # continuous actions: exact gradient of the truncated normal's sample instead of TensorFlow's (ours)
     exact_trunc_grad: bool = False
-    """continuous actions: exact gradient of the truncated normal's sample instead of TensorFlow's (ours)"""
-    slow_rate: float = 1.0
-    """step of the slow critic towards the critic (official)"""
-    slow_every: int = 100
-    """updates between such steps; the first comes after the first update (official)"""
-    model_lr: float = 2e-4
-    """learning rate of the world model (official Atari)"""
-    actor_lr: float = 4e-5
-    """learning rate of the actor (official Atari)"""
-    critic_lr: float = 1e-4
-    """learning rate of the critic (official Atari)"""
-    adam_eps: float = 1e-5
-    """Adam's epsilon in Keras' form (official)"""
-    weight_decay: float = 1e-6
-    """share of every weight that an update takes away, whatever the learning rate (official)"""
-    grad_clip: float = 100.0
-    """gradient norm allowed per optimiser (official)"""
+    slow_rate: float = 1.0  # step of the slow critic towards the critic (official)
+    slow_every: int = 100  # updates between such steps; the first comes after the first update (official)
+    model_lr: float = 2e-4  # learning rate of the world model (official Atari)
+    actor_lr: float = 4e-5  # learning rate of the actor (official Atari)
+    critic_lr: float = 1e-4  # learning rate of the critic (official Atari)
+    adam_eps: float = 1e-5  # Adam's epsilon in Keras' form (official)
+    weight_decay: float = 1e-6  # share of every weight that an update takes away, whatever the learning rate (official)
+    grad_clip: float = 100.0  # gradient norm allowed per optimiser (official)
 
 
 PRESETS = dict(
@@ -263,7 +215,6 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 # ======== 3. pure functions ========
-
 
 # ==== shared: categorical latents ====
 def entropy(log_probs: torch.Tensor) -> torch.Tensor:
@@ -390,7 +341,6 @@ class TruncatedNormal:
 
 
 # ======== 4. environment ========
-
 
 # ==== shared: image resize ====
 def resize_bilinear(frames: np.ndarray, size: int) -> np.ndarray:
@@ -566,7 +516,6 @@ def make_envs(args: Args, num_envs: int, seed: int) -> AtariEnvs | GymEnvs:
 
 
 # ======== 5. replay ========
-
 
 # ==== shared: replay storage ====
 class Storage:
@@ -749,7 +698,6 @@ class Ratio:
 
 # ======== 6. networks ========
 
-
 # ==== shared: dense layer ====
 CPU_INFO = Path("/proc/cpuinfo")
 SLOW_MKL = CPU_INFO.exists() and {"AuthenticAMD", "avx512f"} <= set(CPU_INFO.read_text().split())
@@ -858,7 +806,6 @@ class Decoder(nn.Module):
 
 
 # ======== 7. world model ========
-
 
 class RSSM(nn.Module):
     """Recurrent state-space model: h_t = f(h, z, a), prior p(z_t | h_t), posterior q(z_t | h_t, tokens_t).
@@ -982,7 +929,6 @@ class WorldModel(nn.Module):
 
 # ======== 8. behaviour ========
 
-
 class Behaviour(nn.Module):
     """Actor, critic and slow critic on feat = [h, z], trained in dreams. Source: `ActorCritic`."""
 
@@ -1073,7 +1019,6 @@ class Behaviour(nn.Module):
 
 
 # ======== 9. update ========
-
 
 class Adam:
     """Adam in Keras' form after global-norm clipping, with weight decay that ignores the learning rate.
@@ -1246,7 +1191,6 @@ def train_step(agent: Agent, optimizer: Optimizers, replay: EpisodeReplay, batch
 
 # ======== 10. evaluate and dream ========
 
-
 # ==== shared: episode accounting ====
 class Episodes:
     """Return and length of the running episode of each environment; the resetting row counts for neither."""
@@ -1380,7 +1324,6 @@ def open_loop_video(agent: Agent, replay: EpisodeReplay, args: Args, count: int 
 
 
 # ======== 11. checkpoint and logging ========
-
 
 # ==== shared: checkpoint ====
 def save_atomic(payload: dict, path: Path) -> None:

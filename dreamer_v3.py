@@ -90,99 +90,54 @@ SIZES = dict(size1m=64, size12m=256, size25m=384, size50m=512, size100m=768, siz
 class Args:
     """DreamerV3: world model, imagination and actor-critic in one file. Counts accept 1_000_000 and 1e6."""
 
-    exp_name: str = "dreamer_v3"
-    """second part of the run directory's name"""
-    env_id: str = "ALE/Pong-v5"
-    """any Gymnasium id, also module:Env-v0"""
-    seed: int = 1
-    """seed of weights, environments and sampling"""
-    preset: Literal["default", "tiny"] = "default"
-    """values for the flags left alone; tiny: all phases in two minutes on two CPU cores"""
-    total_timesteps: int = 1_000_000
-    """policy steps over all environments; frames = steps x action repeat (official Atari 100k: 110_000)"""
-    num_envs: int = 1
-    """parallel environments (official: 1 for Atari 100k, 16 elsewhere)"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """computation (weights stay fp32); auto: bf16 on CUDA as in the official code, else fp32"""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the steps and the large regions; auto: on CUDA only"""
-    run_dir: str = "runs"
-    """where run directories go"""
-    resume: str = ""
-    """run directory to continue, or auto: the newest one of this environment, name and seed"""
-    save_every: int = 10_000
-    """policy steps between checkpoints"""
-    eval_every: int = 0
-    """policy steps between evaluations; 0: one at the end"""
-    eval_episodes: int = 10
-    """episodes per evaluation"""
-    eval_only: bool = False
-    """evaluate --checkpoint and stop"""
-    checkpoint: str = ""
-    """policy.pt or run directory for --eval-only"""
-    video_every: int = 50_000
-    """policy steps between open-loop videos; 0: one at the end"""
-    log_every: int = 1_000
-    """policy steps between metric logs"""
+    exp_name: str = "dreamer_v3"  # second part of the run directory's name
+    env_id: str = "ALE/Pong-v5"  # any Gymnasium id, also module:Env-v0
+    seed: int = 1  # seed of weights, environments and sampling
+    preset: Literal["default", "tiny"] = "default"  # for flags left alone; tiny: all phases in two minutes on two cores
+    total_timesteps: int = 1_000_000  # policy steps over all environments; x action repeat = frames (official: 110_000)
+    num_envs: int = 1  # parallel environments (official: 1 for Atari 100k, 16 elsewhere)
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # weights stay fp32; auto: bf16 on CUDA (official), else fp32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the steps and the large regions; auto: on CUDA only
+    run_dir: str = "runs"  # where run directories go
+    resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
+    save_every: int = 10_000  # policy steps between checkpoints
+    eval_every: int = 0  # policy steps between evaluations; 0: one at the end
+    eval_episodes: int = 10  # episodes per evaluation
+    eval_only: bool = False  # evaluate --checkpoint and stop
+    checkpoint: str = ""  # policy.pt or run directory for --eval-only
+    video_every: int = 50_000  # policy steps between open-loop videos; 0: one at the end
+    log_every: int = 1_000  # policy steps between metric logs
 
-    image_size: int = 64
-    """side of the square image, a multiple of 16 (official: 64; Atari 200M: 96)"""
-    grayscale: bool = False
-    """Atari in gray (official Atari 200M)"""
-    action_repeat: int | None = None
-    """environment steps per policy step; None: 4 on Atari, 1 elsewhere (official)"""
-    sticky_actions: float = 0.0
-    """Atari: probability that a frame repeats the last action (official: 0 for 100k, 0.25 for 200M)"""
-    full_action_space: bool = False
-    """Atari: all 18 actions (official Atari 200M)"""
-    pixels: bool = False
-    """learn from the rendered image instead of the environment's own observation"""
+    image_size: int = 64  # side of the square image, a multiple of 16 (official: 64; Atari 200M: 96)
+    grayscale: bool = False  # Atari in gray (official Atari 200M)
+    action_repeat: int | None = None  # environment steps per policy step; None: 4 on Atari, 1 elsewhere (official)
+    sticky_actions: float = 0.0  # Atari: probability that a frame repeats the last action (official; 200M: 0.25)
+    full_action_space: bool = False  # Atari: all 18 actions (official Atari 200M)
+    pixels: bool = False  # learn from the rendered image instead of the environment's own observation
 
-    buffer_size: int = 5_000_000
-    """replay rows over all environments (official); no more than total_timesteps are allocated, also after a resume"""
-    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where replay lives; auto: GPU memory if it fits in half of what is free, else memory-mapped files"""
-    learning_starts: int = 0
-    """policy steps before the first update; 0: batch_size*batch_length + batch_length*num_envs (official)"""
-    batch_size: int = 16
-    """sequences per update, B (official)"""
-    batch_length: int = 64
-    """steps per sequence, T, plus one of context (official)"""
-    train_ratio: float = 256.0
-    """replayed steps per policy step (official: 256 for Atari 100k, 32 for 200M, 1024 for proprio; paper: 128)"""
+    buffer_size: int = 5_000_000  # replay rows over all environments (official); at most total_timesteps are allocated
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU if it fits in half its free memory, else files
+    learning_starts: int = 0  # policy steps before the first update; 0: B*T + T*num_envs (official)
+    batch_size: int = 16  # sequences per update, B (official)
+    batch_length: int = 64  # steps per sequence, T, plus one of context (official)
+    train_ratio: float = 256.0  # replayed steps per policy step (official; 200M: 32, proprio: 1024; paper: 128)
 
-    size: Literal["auto", "size1m", "size12m", "size25m", "size50m", "size100m", "size200m", "size400m"] = "auto"
-    """network size (official names and default size200m); auto: size12m on a GPU, size1m on a CPU"""
-    free_nats: float = 1.0
-    """KL below which neither prior nor posterior is trained, in nats per step (official)"""
-    beta_dyn: float = 1.0
-    """weight of the prior's KL (official; 0.5 in 2023)"""
-    beta_rep: float = 0.1
-    """weight of the posterior's KL (official)"""
-    unimix: float = 0.01
-    """uniform share of the latent distributions (official)"""
-    imag_horizon: int = 15
-    """imagined steps, H (official)"""
-    gamma: float = 1 - 1 / 333
-    """discount, part of the continue target (official)"""
-    lam: float = 0.95
-    """lambda of the returns (official)"""
-    ent_coef: float = 3e-4
-    """entropy bonus (official)"""
-    actor_unimix: float = 0.01
-    """uniform share of the discrete policy (paper; 0 in today's official code)"""
-    beta_repval: float = 0.3
-    """weight of the critic's replay loss (official)"""
-    slow_rate: float = 0.02
-    """step of the slow critic towards the critic, per update (official)"""
-    lr: float = 4e-5
-    """learning rate of all networks (official)"""
-    warmup: int = 1_000
-    """updates of linear warm-up; the first has learning rate 0 (official)"""
-    agc: float = 0.3
-    """gradient norm allowed per tensor, relative to the tensor's norm; 0: no clipping (official)"""
+    size: Literal[("auto", *SIZES)] = "auto"  # official names (default size200m); auto: size12m on a GPU, else size1m
+    free_nats: float = 1.0  # KL below which neither prior nor posterior is trained, in nats per step (official)
+    beta_dyn: float = 1.0  # weight of the prior's KL (official; 0.5 in 2023)
+    beta_rep: float = 0.1  # weight of the posterior's KL (official)
+    unimix: float = 0.01  # uniform share of the latent distributions (official)
+    imag_horizon: int = 15  # imagined steps, H (official)
+    gamma: float = 1 - 1 / 333  # discount, part of the continue target (official)
+    lam: float = 0.95  # lambda of the returns (official)
+    ent_coef: float = 3e-4  # entropy bonus (official)
+    actor_unimix: float = 0.01  # uniform share of the discrete policy (paper; 0 in today's official code)
+    beta_repval: float = 0.3  # weight of the critic's replay loss (official)
+    slow_rate: float = 0.02  # step of the slow critic towards the critic, per update (official)
+    lr: float = 4e-5  # learning rate of all networks (official)
+    warmup: int = 1_000  # updates of linear warm-up; the first has learning rate 0 (official)
+    agc: float = 0.3  # gradient norm allowed per tensor, relative to the tensor's norm; 0: no clipping (official)
 
 
 PRESETS = dict(
@@ -233,7 +188,6 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 # ======== 3. pure functions ========
-
 
 def symlog(x: torch.Tensor) -> torch.Tensor:  # D1
     """sign(x) ln(|x| + 1), the squashing of vector inputs. Eq. 9 (arXiv:2301.04104v2)."""
@@ -364,7 +318,6 @@ class BoundedNormal:  # D10
 
 
 # ======== 4. environment ========
-
 
 # ==== shared: image resize ====
 def resize_bilinear(frames: np.ndarray, size: int) -> np.ndarray:
@@ -541,7 +494,6 @@ def make_envs(args: Args, num_envs: int, seed: int) -> AtariEnvs | GymEnvs:
 
 # ======== 5. replay ========
 
-
 # ==== shared: replay storage ====
 class Storage:
     """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...) by field name.
@@ -716,7 +668,6 @@ def split_context(batch: dict) -> tuple[dict, dict]:  # D9, D12
 
 
 # ======== 6. networks ========
-
 
 # ==== shared: dense layer ====
 CPU_INFO = Path("/proc/cpuinfo")
@@ -896,7 +847,6 @@ class Decoder(nn.Module):
 
 
 # ======== 7. world model ========
-
 
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # D5
     """bias + x @ weight: (B,in) with (in,out), or block-wise (G,B,in) with (G,in,out)."""
@@ -1081,7 +1031,6 @@ class WorldModel(nn.Module):
 
 # ======== 8. behaviour ========
 
-
 class ReturnNorm(nn.Module):  # D7
     """Advantages are divided by max(1, S), S = EMA(Per95 - Per5, 0.99) of the returns. Eq. 8 (arXiv:2301.04104v2).
 
@@ -1190,7 +1139,6 @@ class Behaviour(nn.Module):
 
 
 # ======== 9. update ========
-
 
 class LaProp:  # D6
     """Adaptive gradient clipping, RMS normalisation, then momentum. Source: `opt.py`, `Agent._make_opt`.
@@ -1359,7 +1307,6 @@ def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_si
 
 # ======== 10. evaluate and dream ========
 
-
 # ==== shared: episode accounting ====
 class Episodes:
     """Return and length of the running episode of each environment; the resetting row counts for neither."""
@@ -1494,7 +1441,6 @@ def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int
 
 
 # ======== 11. checkpoint and logging ========
-
 
 # ==== shared: checkpoint ====
 def save_atomic(payload: dict, path: Path) -> None:

@@ -85,127 +85,84 @@ from tqdm import tqdm
 
 # ======== 2. arguments ========
 
-
 @dataclass
 class Args:
     """IRIS: tokenizer, Transformer world model and actor-critic in one file. Counts accept 1_000_000 and 1e6."""
 
-    exp_name: str = "iris"
-    """second part of the run directory's name"""
+    exp_name: str = "iris"  # second part of the run directory's name
+    # any Gymnasium id with discrete actions, also module:Env-v0; what is not one image is rendered
     env_id: str = "ALE/Pong-v5"
-    """any Gymnasium id with discrete actions, also module:Env-v0; what is not one image is rendered"""
-    seed: int = 1
-    """seed of weights, environments and sampling"""
+    seed: int = 1  # seed of weights, environments and sampling
+    # values for the flags left alone; tiny: all phases in two minutes on two CPU cores
     preset: Literal["default", "tiny"] = "default"
-    """values for the flags left alone; tiny: all phases in two minutes on two CPU cores"""
+    # policy steps over all environments; frames = steps x action repeat (official: 100_000)
     total_timesteps: int = 100_000
-    """policy steps over all environments; frames = steps x action repeat (official: 100_000)"""
-    num_envs: int = 1
-    """parallel environments (official: 1)"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps"""
+    num_envs: int = 1  # parallel environments (official: 1)
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    # computation (weights stay fp32); auto: fp32, on CUDA with TF32 (official)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """computation (weights stay fp32); auto: fp32, on CUDA with TF32 (official)"""
+    # torch.compile the losses, on CUDA record the dream as a graph; auto: on CUDA only
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the losses, on CUDA record the dream as a graph; auto: on CUDA only"""
-    run_dir: str = "runs"
-    """where run directories go"""
-    resume: str = ""
-    """run directory to continue, or auto: the newest one of this environment, name and seed"""
-    save_every: int = 2_000
-    """policy steps between checkpoints (official: 200)"""
-    eval_every: int = 10_000
-    """policy steps between evaluations (official: 1_000); 0: one at the end"""
-    eval_episodes: int = 16
-    """episodes per evaluation (official: 16, at the end 100)"""
-    eval_only: bool = False
-    """evaluate --checkpoint and stop"""
-    checkpoint: str = ""
-    """policy.pt or run directory for --eval-only"""
-    video_every: int = 10_000
-    """policy steps between open-loop videos; 0: one at the end"""
-    log_every: int = 1_000
-    """policy steps between metric logs"""
+    run_dir: str = "runs"  # where run directories go
+    resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
+    save_every: int = 2_000  # policy steps between checkpoints (official: 200)
+    eval_every: int = 10_000  # policy steps between evaluations (official: 1_000); 0: one at the end
+    eval_episodes: int = 16  # episodes per evaluation (official: 16, at the end 100)
+    eval_only: bool = False  # evaluate --checkpoint and stop
+    checkpoint: str = ""  # policy.pt or run directory for --eval-only
+    video_every: int = 10_000  # policy steps between open-loop videos; 0: one at the end
+    log_every: int = 1_000  # policy steps between metric logs
 
-    image_size: int = 64
-    """side of the square image, a multiple of 16: K = (side / 16)^2 tokens (official: 64)"""
-    action_repeat: int | None = None
-    """environment steps per policy step; None: 4 on Atari, 1 elsewhere (official)"""
-    sticky_actions: float = 0.0
-    """Atari: probability that a frame repeats the last action (official)"""
+    image_size: int = 64  # side of the square image, a multiple of 16: K = (side / 16)^2 tokens (official: 64)
+    action_repeat: int | None = None  # environment steps per policy step; None: 4 on Atari, 1 elsewhere (official)
+    sticky_actions: float = 0.0  # Atari: probability that a frame repeats the last action (official)
+    # Atari: in training a lost life ends an episode (official); an evaluation always plays whole games
     life_loss: bool = True
-    """Atari: in training a lost life ends an episode (official); an evaluation always plays whole games"""
 
+    # replay rows over all environments; at most what the budget at the start needs (official: keeps everything)
     buffer_size: int = 200_000
-    """replay rows over all environments; at most what the budget at the start needs (official: keeps everything)"""
+    # where replay lives; auto: GPU memory if it fits in half of what is free, else memory-mapped files
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where replay lives; auto: GPU memory if it fits in half of what is free, else memory-mapped files"""
+    # policy steps per epoch, which then trains tokenizer, world model and policy, in this order (official)
     epoch_steps: int = 200
-    """policy steps per epoch, which then trains tokenizer, world model and policy, in this order (official)"""
-    epoch_updates: int = 200
-    """updates of each of the three per epoch (official)"""
-    extra_epochs: int = 100
-    """epochs that only train, after the last policy step (official)"""
+    epoch_updates: int = 200  # updates of each of the three per epoch (official)
+    extra_epochs: int = 100  # epochs that only train, after the last policy step (official)
+    # tokenizer: first update in the first epoch that ends beyond this policy step (official: after 5 epochs)
     learning_starts: int = 1_000
-    """tokenizer: first update in the first epoch that ends beyond this policy step (official: after 5 epochs)"""
-    world_starts: int = 5_000
-    """the same for the world model (official: after 25 epochs)"""
-    behaviour_starts: int = 10_000
-    """the same for the actor-critic (official: after 50 epochs)"""
-    tokenizer_batch: int = 256
-    """images per tokenizer update (official)"""
-    batch_size: int = 64
-    """sequences per update of the world model, dreams per update of the actor-critic, B (official)"""
-    batch_length: int = 20
-    """frames per sequence, T: what the Transformer can look back on (official)"""
+    world_starts: int = 5_000  # the same for the world model (official: after 25 epochs)
+    behaviour_starts: int = 10_000  # the same for the actor-critic (official: after 50 epochs)
+    tokenizer_batch: int = 256  # images per tokenizer update (official)
+    batch_size: int = 64  # sequences per update of the world model, dreams per update of the actor-critic, B (official)
+    batch_length: int = 20  # frames per sequence, T: what the Transformer can look back on (official)
 
-    vocab_size: int = 512
-    """words in the codebook, V (official)"""
-    code_dim: int = 512
-    """width of a word, E (official)"""
-    channels: int = 64
-    """channels of all convolutions of encoder and decoder, even (official)"""
-    res_blocks: int = 2
-    """residual blocks per resolution in the encoder; one more in the decoder (official)"""
+    vocab_size: int = 512  # words in the codebook, V (official)
+    code_dim: int = 512  # width of a word, E (official)
+    channels: int = 64  # channels of all convolutions of encoder and decoder, even (official)
+    res_blocks: int = 2  # residual blocks per resolution in the encoder; one more in the decoder (official)
+    # lpips (official): VGG16 features; pixel: squared errors instead (ours); auto: lpips if weights are found
     perceptual_loss: Literal["auto", "lpips", "pixel", "none"] = "auto"
-    """lpips (official): VGG16 features; pixel: squared errors instead (ours); auto: lpips if weights are found"""
+    # .pth file, or folder of them, with VGG16 and LPIPS weights; empty: the checkpoint folder of torch.hub
     lpips_weights: str = ""
-    """.pth file, or folder of them, with VGG16 and LPIPS weights; empty: the checkpoint folder of torch.hub"""
+    # dropout in the linear layers of LPIPS while the tokenizer trains (official, by accident)
     lpips_dropout: bool = True
-    """dropout in the linear layers of LPIPS while the tokenizer trains (official, by accident)"""
-    layers: int = 10
-    """Transformer blocks (official)"""
-    heads: int = 4
-    """attention heads (official)"""
-    width: int = 256
-    """width of the Transformer, W (official)"""
-    dropout: float = 0.1
-    """of embeddings, attention and residuals while the world model trains (official)"""
-    lstm_units: int = 512
-    """width of the policy's LSTM (official)"""
+    layers: int = 10  # Transformer blocks (official)
+    heads: int = 4  # attention heads (official)
+    width: int = 256  # width of the Transformer, W (official)
+    dropout: float = 0.1  # of embeddings, attention and residuals while the world model trains (official)
+    lstm_units: int = 512  # width of the policy's LSTM (official)
 
-    imag_horizon: int = 20
-    """imagined frames, H (official)"""
-    burn_in: int = 20
-    """real frames before a dream, which warm up the policy's LSTM only (official)"""
-    gamma: float = 0.995
-    """discount (official)"""
-    lam: float = 0.95
-    """lambda of the returns (official)"""
-    ent_coef: float = 0.001
-    """entropy bonus (official)"""
-    epsilon: float = 0.01
-    """probability of a uniformly random action while collecting (official)"""
+    imag_horizon: int = 20  # imagined frames, H (official)
+    burn_in: int = 20  # real frames before a dream, which warm up the policy's LSTM only (official)
+    gamma: float = 0.995  # discount (official)
+    lam: float = 0.95  # lambda of the returns (official)
+    ent_coef: float = 0.001  # entropy bonus (official)
+    epsilon: float = 0.01  # probability of a uniformly random action while collecting (official)
+    # policy logits are divided by it while collecting (official; less on Freeway, paper appendix)
     temperature: float = 1.0
-    """policy logits are divided by it while collecting (official; less on Freeway, paper appendix)"""
-    eval_temperature: float = 0.5
-    """the same in evaluation (official)"""
-    lr: float = 1e-4
-    """learning rate of all three optimisers (official)"""
-    weight_decay: float = 0.01
-    """AdamW's, on the matrices of the Transformer (official)"""
-    grad_clip: float = 10.0
-    """gradient norm allowed per optimiser (official)"""
+    eval_temperature: float = 0.5  # the same in evaluation (official)
+    lr: float = 1e-4  # learning rate of all three optimisers (official)
+    weight_decay: float = 0.01  # AdamW's, on the matrices of the Transformer (official)
+    grad_clip: float = 10.0  # gradient norm allowed per optimiser (official)
 
 
 PRESETS = dict(
@@ -259,7 +216,6 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 # ======== 3. pure functions ========
 
-
 def sample(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Indices (...) from softmax(logits (...,V)): argmax(p / e) with e ~ Exp(1) is an exact draw (exponential race).
 
@@ -302,7 +258,6 @@ def to_frames(image: torch.Tensor) -> torch.Tensor:
 
 
 # ======== 4. environment ========
-
 
 # ==== shared: image resize ====
 def resize_bilinear(frames: np.ndarray, size: int) -> np.ndarray:
@@ -483,7 +438,6 @@ def make_envs(args: Args, num_envs: int, seed: int) -> AtariEnvs | GymEnvs:
 
 
 # ======== 5. replay ========
-
 
 # ==== shared: replay storage ====
 class Storage:
@@ -675,7 +629,6 @@ class SegmentReplay(Storage):
 
 # ======== 6. networks ========
 
-
 # ==== shared: dense layer ====
 CPU_INFO = Path("/proc/cpuinfo")
 SLOW_MKL = CPU_INFO.exists() and {"AuthenticAMD", "avx512f"} <= set(CPU_INFO.read_text().split())
@@ -842,7 +795,6 @@ def pixel_distance(recon: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 # ======== 7. world model ========
-
 
 class Tokenizer(nn.Module):
     """Image -> K words of a codebook -> image. Both ways are deterministic. Section 2.1 (arXiv:2209.00588v2).
@@ -1047,7 +999,6 @@ class Dream:
 
 # ======== 8. behaviour ========
 
-
 class Behaviour(nn.Module):
     """Actor and critic: one CNN and LSTM with two heads, on reconstructions only, trained in dreams. Section 2.3."""
 
@@ -1132,7 +1083,6 @@ class Behaviour(nn.Module):
 
 
 # ======== 9. update ========
-
 
 # ==== shared: distributed ====
 def start_ranks(device: str) -> tuple[int, int, int]:
@@ -1351,7 +1301,6 @@ def train_step(part: str, agent: Agent, optimizers: Optimizers, replay: SegmentR
 
 # ======== 10. evaluate and dream ========
 
-
 # ==== shared: episode accounting ====
 class Episodes:
     """Return and length of the running episode of each environment; the resetting row counts for neither."""
@@ -1488,7 +1437,6 @@ def open_loop_video(agent: Agent, replay: SegmentReplay, args: Args, count: int 
 
 
 # ======== 11. checkpoint and logging ========
-
 
 # ==== shared: checkpoint ====
 def save_atomic(payload: dict, path: Path) -> None:
