@@ -48,7 +48,7 @@ SPDX-License-Identifier: MIT
 """
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "gymnasium>=1.1", "ale-py>=0.12.1", "tyro>=1.0", "tensorboard>=2.16", "tqdm>=4.60"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.3", "ale-py>=0.12.1", "tyro>=1.0", "tensorboard>=2.16", "tqdm>=4.60"]
 # ///
 from __future__ import annotations
 
@@ -409,23 +409,6 @@ class AtariEnvs:
 
 
 # ==== shared: generic environment ====
-class ActionRepeat(gymnasium.Wrapper):
-    """Repeats each action, sums the rewards, stops at the episode's end."""
-
-    def __init__(self, env, repeat: int):
-        super().__init__(env)
-        self.repeat = repeat
-
-    def step(self, action):
-        total = 0.0
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return obs, total, terminated, truncated, info
-
-
 class GymEnvs:
     """`num_envs` copies of any Gymnasium environment; the same rows as AtariEnvs. Edit here for anything unusual.
 
@@ -447,7 +430,7 @@ class GymEnvs:
         if control and pixels:  # as the official code: small images, the camera that follows
             camera = 2 if "quadruped" in env_id else 0
             render["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
-        wrappers = [lambda env: ActionRepeat(env, action_repeat)] if action_repeat > 1 else []
+        wrappers = [lambda env: gymnasium.wrappers.RepeatAction(env, action_repeat)]
         wrappers += [gymnasium.wrappers.AddRenderObservation] if pixels else []
         try:
             self.envs = gymnasium.make_vec(
@@ -1259,8 +1242,7 @@ def play(agent, args, device: torch.device) -> None:
     if any(key.startswith(ACTING) for key in missing):
         fail(f"the policy in {path} is not complete")
     with SummaryWriter(str(run)) as writer:
-        results = evaluate(agent, args, device, saved["step"])
-        log_results(*results, writer, run / "videos" / "eval.gif", "eval/episode", saved["step"])
+        log_results(*evaluate(agent, args, device, saved["step"]), "eval/episode", writer, saved["step"])
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
@@ -1287,7 +1269,7 @@ def dream_video(truth: torch.Tensor, model: torch.Tensor, context: int, **number
     return metrics, frames
 
 
-def log_results(metrics: dict, frames: list, writer: SummaryWriter, path: Path, tag: str, step: int) -> None:
+def log_results(metrics: dict, frames: list, tag: str, writer: SummaryWriter, step: int) -> None:
     """Scalars, and RGB frames (Y,X,3) uint8 as a GIF file that is also an image summary (TensorBoard plays it)."""
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
@@ -1295,6 +1277,7 @@ def log_results(metrics: dict, frames: list, writer: SummaryWriter, path: Path, 
         images = [Image.fromarray(f).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for f in frames]
         buffer = io.BytesIO()
         images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
+        path = Path(writer.log_dir, "videos", f"{tag.split('/')[0]}_{step}.gif")
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(buffer.getvalue())
         height, width, _ = frames[0].shape
@@ -1486,9 +1469,6 @@ def validate(args: Args) -> Args:
         fail("--imag-horizon (H steps give H - 1 actor terms) and --batch-length are at least 2, --grad-clip positive")
     if max(args.gamma, args.lam, args.kl_balance, args.slow_rate, args.sticky_actions) > 1:
         fail("--gamma, --lam, --kl-balance, --slow-rate and --sticky-actions are at most 1")
-    if args.buffer_size // args.num_envs <= args.batch_length:
-        need = (args.batch_length + 1) * args.num_envs
-        fail(f"--batch-length {args.batch_length} needs {need} rows of --buffer-size")
     return args
 
 
@@ -1532,10 +1512,10 @@ def main(args: Args) -> None:
     # ---- the state of a run: everything that a checkpoint holds ----
     saved = load_checkpoint(Path(args.resume)) if args.resume else None
     total = args.total_timesteps + args.total_timesteps // length + args.num_envs  # and the rows that reset
-    wanted = -(-min(args.buffer_size, total) // args.num_envs)
-    rows = saved["capacity"] if saved else max(args.batch_length + 1, wanted)
-    if rows <= args.batch_length:
-        fail(f"--batch-length {args.batch_length} is too long for this run's replay of {rows} rows")
+    wanted = min(args.buffer_size, max(total, (length + 1) * args.num_envs))
+    rows = saved["capacity"] if saved else -(-wanted // args.num_envs)
+    if rows <= length:
+        fail(f"--batch-length {length} needs {length + 1} rows per environment, --buffer-size gave {rows}")
     specs = replay_specs(envs.shapes, agent, args)
     place = replay_device(specs, rows * num_envs, args, device)
     run, writer = start_run(args, saved and saved["step"]) if rank == 0 else ("", None)
@@ -1572,11 +1552,9 @@ def main(args: Args) -> None:
     def look(evaluation: bool, video: bool) -> None:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
             if video and replay.episodes:
-                path = run / "videos" / f"dream_{step}.gif"
-                log_results(*open_loop_video(agent, replay, args), writer, path, "dream/open_loop", step)
+                log_results(*open_loop_video(agent, replay, args), "dream/open_loop", writer, step)
             if evaluation and args.eval_episodes:
-                path = run / "videos" / f"eval_{step}.gif"
-                log_results(*evaluate(agent, args, device, step), writer, path, "eval/episode", step)
+                log_results(*evaluate(agent, args, device, step), "eval/episode", writer, step)
 
     if rank == 0:
         modules = [*agent.world.named_children(), *agent.behaviour.named_children()]
@@ -1628,7 +1606,7 @@ def main(args: Args) -> None:
             clock = (time.time(), step, updates)
             scalars = {"charts/SPS": steps / max(seconds, 1e-9), "charts/UPS": count / max(seconds, 1e-9),
                        "charts/frames": step * args.action_repeat, **check_finite(metrics, step, run)}
-            log_results(scalars, [], writer, run, "", step)
+            log_results(scalars, [], "", writer, step)
         if reached(args.save_every) and step < args.total_timesteps or stopping:
             save()
         if stopping:
