@@ -831,58 +831,25 @@ class Decoder(nn.Module):
 
 # ======== 7. world model ========
 
-def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # D5
-    """bias + x @ weight: (B,in) with (in,out), or block-wise (G,B,in) with (G,in,out)."""
-    if bias is None:
-        return x @ weight
-    return torch.addmm(bias, x, weight) if x.dim() == 2 else torch.baddbmm(bias, x, weight)
+def affine(x: torch.Tensor, weight: torch.Tensor, row: torch.Tensor, tape: list | None = None) -> torch.Tensor:  # D5
+    """row + x @ weight: (B,in) with (in,out), or block-wise (G,B,in) with (G,in,out); x goes on the tape if any."""
+    if tape is not None:
+        tape.append(x.detach())
+    return torch.addmm(row, x, weight) if x.dim() == 2 else torch.baddbmm(row, x, weight)
 
 
-class ScanParams(torch.autograd.Function):
-    """Identity on a weight and bias that a scan uses T times. Its backward runs after those of all T steps and makes
-    both gradients in one product from what the steps recorded, instead of adding up T small ones."""
-
-    @staticmethod
-    def forward(ctx, weight, bias, tape):
-        ctx.tape, ctx.has_bias = tape, bias is not None
-        ctx.set_materialize_grads(False)
-        return weight.view_as(weight), bias.view_as(bias) if ctx.has_bias else None
+class ScanGradient(torch.autograd.Function):
+    """Identity on the rows (T,[G],B,out) of the T steps of a scan. Its backward runs after those of all steps and makes
+    the gradient of their common weight in one product with the inputs on the tape, not T small ones that are added."""
 
     @staticmethod
-    def backward(ctx, *_):
-        x, grad = (torch.cat(parts, -2) for parts in zip(*ctx.tape))
-        ctx.tape.clear()
-        return x.mT @ grad, grad.sum(-2, keepdim=True) if ctx.has_bias else None, None
-
-
-class ScanStep(torch.autograd.Function):
-    """`affine` whose backward passes dL/dx on and only records (x, dL/dy) for ScanParams."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, row, tape):
-        ctx.save_for_backward(x, weight)
-        ctx.tape, ctx.has_row = tape, row is not None
-        return affine(x, weight, row if ctx.has_row else bias)
+    def forward(ctx, rows, weight, tape):
+        ctx.tape = tape
+        return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        ctx.tape.append((x, grad))
-        return grad @ weight.mT, None, None, grad if ctx.has_row else None, None
-
-
-class ScanLinear:
-    """`bias + x @ weight` inside a scan, or `row + x @ weight` with a row that was made outside it.
-    `defer` selects the single weight gradient above; the plain form is `affine`."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, defer: bool):
-        self.tape = [] if defer else None
-        self.weight, self.bias = ScanParams.apply(weight, bias, self.tape) if defer else (weight, bias)
-
-    def __call__(self, x: torch.Tensor, row: torch.Tensor | None = None) -> torch.Tensor:
-        if self.tape is None:
-            return affine(x, self.weight, self.bias if row is None else row)
-        return ScanStep.apply(x, self.weight, self.bias, row, self.tape)
+        return grad, torch.cat(ctx.tape, -2).mT @ grad.movedim(0, -3).flatten(-3, -2), None
 
 
 class RSSM(nn.Module):  # D5
@@ -906,56 +873,65 @@ class RSSM(nn.Module):  # D5
         self.prior_head = head(deter, hidden, 2, stoch * classes, 1.0)
         self.compiled = False
 
-    def scan_weights(self, dtype: torch.dtype, defer: bool) -> dict:
-        """What a step multiplies with, in computation precision, packed once per scan."""
-        part, hidden = self.deter // self.blocks, self.in_deter.out_features  # D5
+    def scan_weights(self, dtype: torch.dtype) -> dict:
+        """(weight, bias) of each product in a step, in computation precision, packed once per scan."""
+        part, hidden, blocks = self.deter // self.blocks, self.in_deter.out_features, (self.blocks, 1, -1)  # D5
         dense = self.hid.weight[:, part:].transpose(0, 1).flatten(1)  # rows [x_h, x_z, x_a], columns in block order
         pairs = dict(
             in_deter=(self.in_deter.weight.T, self.in_deter.bias[None]),
             in_stoch=(self.in_stoch.weight.T, self.in_stoch.bias[None]),
-            own=(self.hid.weight[:, :part], None), dense=(dense[: 2 * hidden], None),
-            gru=(self.gru.weight, self.gru.bias.view(self.blocks, 1, -1)),
-            post=(self.post_hid.weight[:, : self.deter].T, None),
+            own=(self.hid.weight[:, :part], self.hid.bias.view(blocks)),
+            dense=(dense[: 2 * hidden], dense[2 * hidden :]),  # no bias: the part of the action, for `action_row`
+            gru=(self.gru.weight, self.gru.bias.view(blocks)),
+            post=(self.post_hid.weight[:, : self.deter].T, self.post_hid.bias[None]),
             post_out=(self.post_out.weight.T, self.post_out.bias[None]))
-        weights = {k: ScanLinear(w.to(dtype), None if b is None else b.to(dtype), defer) for k, (w, b) in pairs.items()}
-        return dict(weights, action=dense[2 * hidden :].to(dtype))
+        return {k: (weight.to(dtype), bias.to(dtype)) for k, (weight, bias) in pairs.items()}
 
     def action_row(self, weights: dict, action: torch.Tensor) -> torch.Tensor:
         """The action's share of the block layer, (...,A) -> (...,D). Entries beyond +-1 are scaled back to +-1."""
-        x = self.in_action(action / action.detach().abs().clamp(min=1))
-        return x @ weights["action"] + self.hid.bias.to(x.dtype)
+        return self.in_action(action / action.detach().abs().clamp(min=1)) @ weights["dense"][1]
 
-    def core(self, weights: dict, deter: torch.Tensor, stoch: torch.Tensor, action_row: torch.Tensor) -> torch.Tensor:
-        """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K), (B,D) -> (B,D)."""  # D5
-        x_h, x_z = self.in_deter_norm(weights["in_deter"](deter)), self.in_stoch_norm(weights["in_stoch"](stoch))
+    def core(self, weights: dict, deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
+        """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K) -> (B,D); a enters by the row of `dense`."""  # D5
+        x_h = self.in_deter_norm(affine(deter, *weights["in_deter"]))
+        x_z = self.in_stoch_norm(affine(stoch, *weights["in_stoch"]))
         blocks = deter.unflatten(-1, (self.blocks, -1))
-        own = weights["own"](blocks.transpose(0, 1)).transpose(0, 1)  # (B,G,D/G)
-        x = self.hid_norm((weights["dense"](torch.cat([x_h, x_z], -1), action_row).view_as(blocks) + own).flatten(1))
-        gates = weights["gru"](x.view_as(blocks).transpose(0, 1)).transpose(0, 1)  # (B,G,3*D/G)
+        own = affine(blocks.transpose(0, 1), *weights["own"]).transpose(0, 1)  # (B,G,D/G)
+        x = self.hid_norm((affine(torch.cat([x_h, x_z], -1), *weights["dense"]).view_as(blocks) + own).flatten(1))
+        gates = affine(x.view_as(blocks).transpose(0, 1), *weights["gru"]).transpose(0, 1)  # (B,G,3*D/G)
         reset, cand, update = gates.chunk(3, -1)  # thirds of each block
         cand = torch.tanh(reset.sigmoid() * cand)
         return torch.lerp(blocks, cand, (update - 1).sigmoid()).flatten(1)  # u * cand + (1 - u) * h
 
-    def observe_step(self, weights: dict, deter, stoch, action_row, token_row, noise) -> tuple:
-        """One posterior step: (B,D), (B,S*K), rows (B,D) and (B,H), noise (B,S,K) -> h', z', logits (B,S,K)."""
-        deter = self.core(weights, deter, stoch, action_row)
-        x = self.post_norm(weights["post"](deter, token_row))
-        logits = weights["post_out"](x).unflatten(-1, (self.stoch, self.classes))
+    def observe_step(self, weights: dict, deter, stoch, noise) -> tuple:
+        """One posterior step: (B,D), (B,S*K), noise (B,S,K) -> h', z', logits (B,S,K); tokens enter by a row."""
+        deter = self.core(weights, deter, stoch)
+        x = self.post_norm(affine(deter, *weights["post"]))
+        logits = affine(x, *weights["post_out"]).unflatten(-1, (self.stoch, self.classes))
         stoch = sample_onehot(unimix(logits, self.mix), noise).to(deter.dtype).flatten(1)
         return deter, stoch, logits
 
     def observe(self, tokens, prev_action, is_first, deter, stoch, noise, defer: bool = True) -> tuple:
         """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), carry h (B,D), z (B,S*K), noise
         (T,B,S,K) -> h (T,B,D), z (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
-        dtype = tokens.dtype  # D5
-        weights = self.scan_weights(dtype, defer and not self.compiled and torch.is_grad_enabled())
+        dtype, weights = tokens.dtype, self.scan_weights(tokens.dtype)  # D5
         keep = (~is_first).to(dtype)[..., None]  # trap: h, z and the previous action all start from zero in an episode
-        action_rows = self.action_row(weights, prev_action.to(dtype) * keep)  # D5
-        token_rows = linear(tokens, self.post_hid.weight[:, self.deter :], self.post_hid.bias)
+        # what a step adds to its products: rows that are made for all steps at once, or a bias
+        rows = dict(dense=self.action_row(weights, prev_action.to(dtype) * keep),
+                    post=linear(tokens, self.post_hid.weight[:, self.deter :], self.post_hid.bias))
+        steps = [{} for _ in tokens]  # for each of the T steps: name -> (weight, row, tape) of `affine`
+        for name, (weight, bias) in weights.items():
+            row = rows[name] if name in rows else bias.expand(len(tokens), *bias.shape[:-2], keep.shape[1], -1)
+            tape = None
+            if defer and torch.is_grad_enabled() and not self.compiled:  # plain form: without these two lines
+                tape = []
+                row, weight = ScanGradient.apply(row, weight, tape), weight.detach()
+            # unbind: the backward pass of row[t] would write a full-size gradient for every t
+            for step, r in zip(steps, row.unbind()):
+                step[name] = weight, r, tape
         deter, stoch, outs = deter.to(dtype), stoch.to(dtype), []
-        # unbind: the backward pass of rows[t] would write a full-size gradient for every t
-        for k, a, x, e in zip(keep.unbind(), action_rows.unbind(), token_rows.unbind(), noise.unbind()):
-            deter, stoch, logits = self.observe_step(weights, deter * k, stoch * k, a, x, e)
+        for step, k, e in zip(steps, keep.unbind(), noise.unbind()):
+            deter, stoch, logits = self.observe_step(step, deter * k, stoch * k, e)
             outs.append((deter, stoch, logits))
         return tuple(torch.stack(x) for x in zip(*outs))
 
@@ -965,7 +941,8 @@ class RSSM(nn.Module):  # D5
 
     def imagine_step(self, weights: dict, deter, stoch, action, noise) -> tuple:
         """One step without observation: (N,D), (N,S*K), action (N,A), noise (N,S,K) -> h', z' ~ p(z' | h')."""
-        deter = self.core(weights, deter, stoch, self.action_row(weights, action.to(deter.dtype)))  # D5
+        row = self.action_row(weights, action.to(deter.dtype))  # D5
+        deter = self.core(dict(weights, dense=(weights["dense"][0], row)), deter, stoch)
         return deter, sample_onehot(unimix(self.prior(deter), self.mix), noise).to(deter.dtype).flatten(1)
 
 
@@ -1063,7 +1040,7 @@ class Behaviour(nn.Module):
     @torch.no_grad()  # REINFORCE needs no gradient through the dream: states and actions are constants of both losses
     def imagine(self, rssm: RSSM, deter, stoch, noise_action, noise_stoch) -> tuple[torch.Tensor, torch.Tensor]:
         """Roll the policy out from (N,D), (N,S*K) with noise (H,N,A), (H,N,S,K) -> feat (H+1,N,F), action (H,N,A)."""
-        weights = rssm.scan_weights(deter.dtype, defer=False)
+        weights = rssm.scan_weights(deter.dtype)
         feats, actions = [torch.cat([deter, stoch], -1)], []
         for action_noise, stoch_noise in zip(noise_action, noise_stoch):
             actions.append(self.policy(feats[-1]).sample(action_noise))  # D10
@@ -1160,12 +1137,10 @@ class LaProp:  # D6
         return {"grad/norm": grad_norm.norm(), "grad/clipped_share": (clip > 1).float().mean()}
 
     def state_dict(self) -> dict:
-        return dict(count=self.count, square=self.square, momentum=self.momentum)
+        return dict(state=[self.count, *self.square, *self.momentum])
 
-    def load_state_dict(self, state: dict) -> None:
-        saved = [state["count"], *state["square"], *state["momentum"]]
-        for mine, other in zip([self.count, *self.square, *self.momentum], saved, strict=True):
-            mine.copy_(other)
+    def load_state_dict(self, saved: dict) -> None:
+        torch._foreach_copy_(self.state_dict()["state"], saved["state"])
 
 
 # ==== shared: distributed ====
@@ -1414,7 +1389,7 @@ def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int
     tokens = world.encoder({k: v[:context] for k, v in obs.items()})
     deter, stoch, _ = rssm.observe(tokens, carry["action"][:context], obs["is_first"][:context], carry["deter"].float(),
                                    world.unpack(carry["stoch"]), noise)
-    states, weights = list(zip(deter, stoch)), rssm.scan_weights(deter.dtype, defer=False)
+    states, weights = list(zip(deter, stoch)), rssm.scan_weights(deter.dtype)
     for action, step_noise in zip(carry["action"][context:], noise[context:]):
         states.append(rssm.imagine_step(weights, *states[-1], action, step_noise))
     deter, stoch = (torch.stack(x) for x in zip(*states))

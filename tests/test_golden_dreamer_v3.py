@@ -265,10 +265,12 @@ def test_decoder():
 
 
 def test_rssm_cell_and_prior(rssm):
-    weights = rssm.scan_weights(F64, defer=False)
+    weights = rssm.scan_weights(F64)
+    def core(deter, stoch, row):
+        return rssm.core(dict(weights, dense=(weights["dense"][0], row)), deter, stoch)
     deter, stoch = given("core_deter"), given("core_stoch").flatten(1)
-    close(rssm.core(weights, deter, stoch, rssm.action_row(weights, given("core_action_onehot"))), "core_out")
-    close(rssm.core(weights, deter, stoch, rssm.action_row(weights, given("core_action_cont"))), "core_out_cont")
+    close(core(deter, stoch, rssm.action_row(weights, given("core_action_onehot"))), "core_out")
+    close(core(deter, stoch, rssm.action_row(weights, given("core_action_cont"))), "core_out_cont")
     close(rssm.prior(deter), "prior_logit")
 
 
