@@ -502,15 +502,14 @@ class Storage:
     def _map(self, name: str, shape: tuple, dtype: np.dtype) -> np.memmap:
         """Memory-map a file, made with all its disk space if missing: a full disk is an OSError now, no crash later."""
         path = self.folder / f"{name}.npy"
-        if not path.exists():
-            array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-            if hasattr(os, "posix_fallocate"):
-                with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+        new = not path.exists()
         try:
-            array = np.lib.format.open_memmap(path, mode="r+")
+            array = np.lib.format.open_memmap(path, "w+" if new else "r+", dtype, shape)
         except ValueError as error:
             fail(f"{path} is damaged ({error})")
+        if new and hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
         if array.shape != shape:
             fail(f"{path} holds {array.shape}, not {shape}: resume with as many processes as before")
         return array
@@ -1460,14 +1459,14 @@ def start_run(args, step: int | None = None) -> tuple[Path, SummaryWriter]:
     run = Path(args.resume or Path(args.run_dir) / f"{run_name(args)}{time.time_ns() // 1_000_000}")
     run = run if run.is_dir() or not args.resume else run.parent
     run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
+    flags = json.dumps(asdict(args), indent=1)
+    (run / "args.json").write_text(flags)
     if Path(__file__).resolve().parent != run.resolve():
         shutil.copy(__file__, run)
     packages = "".join(f"{p} {version(p)}\n" for p in ("torch", "gymnasium", "ale-py", "numpy"))
     (run / "versions.txt").write_text(f"python {sys.version}\n{packages}")
     writer = SummaryWriter(str(run), purge_step=None if step is None else step + 1)  # a killed run's later points go
-    table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
+    writer.add_text("hyperparameters", f"```\n{flags}\n```")
     return run, writer
 
 
@@ -1480,19 +1479,19 @@ def check_finite(metrics: dict, step: int, run: Path) -> dict[str, float]:
     return values
 
 
-class StopSignal:
-    """SIGINT, SIGTERM, SIGUSR1 (Slurm) ask the loop to save and exit 0 after this step; a second Ctrl-C kills."""
+def stop_signals() -> list[int]:
+    """A list in which SIGINT, SIGTERM and SIGUSR1 (Slurm) appear: save and exit 0. A second Ctrl-C kills."""
+    received = []
 
-    def __init__(self):
-        self.received = False
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self.receive)
-
-    def receive(self, number, frame) -> None:
-        self.received = True
+    def receive(number, frame) -> None:
+        received.append(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
+
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), receive)
+    return received
 # ==== end shared ====
 
 
@@ -1651,7 +1650,7 @@ def main(args: Args) -> None:
               f"(batch {args.batch_size} x {args.batch_length}, train ratio {args.train_ratio:g})")  # D13
 
     # ---- the loop: step all environments, act, store, learn ----
-    stop, episodes, clock = StopSignal(), Episodes(num_envs), (time.time(), step, updates)
+    stop, episodes, clock = stop_signals(), Episodes(num_envs), (time.time(), step, updates)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 10)  # shows steps/s and the measured time left
     state, row = agent.initial(num_envs, device), envs.reset()
@@ -1663,7 +1662,7 @@ def main(args: Args) -> None:
         latents = dict(deter=state["deter"], stoch=agent.world.pack(state["stoch"]))  # D9, D12
         replay.add(dict(row, action=state["action"], **latents), length)
         decisions, stopping, starts = sum_ranks(
-            [int((~row["is_first"]).sum()), stop.received, replay.starts(length)], device)  # D9; all ranks must agree
+            [int((~row["is_first"]).sum()), bool(stop), replay.starts(length)], device)  # D9; all ranks must agree
         before, step = step, step + int(decisions)
         for _, ret, steps in episodes.update(row):
             if rank == 0:
