@@ -210,7 +210,7 @@ def twohot_loss(logits: torch.Tensor, target: torch.Tensor, bins: torch.Tensor) 
 
     Weights are linear in raw space; a target outside the bins puts all weight on the border bin. The dense (...,K)
     target is never built: -sum twohot * log_softmax = logsumexp - w_below * logit_below - w_above * logit_above."""
-    above = torch.bucketize(target, bins, right=True)  # = count(bins <= target)
+    logits, above = at_least_float32(logits), torch.bucketize(target, bins, right=True)  # = count(bins <= target)
     below, above = (above - 1).clamp(min=0), above.clamp(max=len(bins) - 1)
     low, high = bins[below], bins[above]
     weight = ((target - low) / torch.where(high > low, high - low, 1)).clamp(0, 1)
@@ -223,7 +223,7 @@ def twohot_mean(logits: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
 
     Trap: bins reach 4.85e8, so a plain sum gives -0.4 instead of 0 at initialisation. Subtracting mirrored
     probabilities first is exactly 0 for a uniform distribution (the middle bin is 0)."""
-    probs, half = logits.softmax(-1), len(bins) // 2
+    probs, half = at_least_float32(logits).softmax(-1), len(bins) // 2
     return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * bins[half + 1 :]).sum(-1)
 
 
@@ -700,15 +700,14 @@ class BlockLinear(nn.Module):  # D5
         return y.transpose(0, 1).flatten(1) + self.bias
 
 
-class NormSiLU(nn.Module):  # D5
+class NormSiLU(nn.RMSNorm):  # D5
     """RMSNorm over the last axis with a scale and eps 1e-4, in float32, then SiLU. Source: `nets.Norm`."""
 
     def __init__(self, width: int):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
+        super().__init__(width, eps=1e-4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.silu(F.rms_norm(at_least_float32(x), self.scale.shape, self.scale, 1e-4)).to(x.dtype)
+        return F.silu(super().forward(at_least_float32(x))).to(x.dtype)
 
 
 def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
@@ -743,20 +742,12 @@ class Conv(nn.Conv2d):  # D5
 class UpConv(Conv):  # D5
     """Nearest upsampling x2, then the 5x5 convolution; (N,Y,X,in) -> (N,2Y,2X,out).
 
-    Computed as one 3x3 convolution at low resolution that makes the four output phases: 9 instead of 25 products per
-    output pixel. Plain form: `super().forward(x.repeat_interleave(2, 1).repeat_interleave(2, 2))`."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs)
-        # tap k of the 5-wide kernel falls, in output phase p, on low-resolution tap a = floor((p + k - 2) / 2) + 1
-        taps = [[[float((p + k - 2) // 2 + 1 == a) for k in range(5)] for a in range(3)] for p in range(2)]
-        self.register_buffer("taps", torch.tensor(taps), persistent=False)  # (phase, low-resolution tap, tap)
+    Computed as one transposed convolution, whose 6x6 kernel is the 5x5 one summed over the 2x2 pixels that share an
+    input: 9 instead of 25 products. Plain: `super().forward(x.repeat_interleave(2, 1).repeat_interleave(2, 2))`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        (n, height, width, _), out = x.shape, self.out_channels
-        weight = torch.einsum("oikl,pak,qbl->pqoiab", self.weight, self.taps, self.taps).flatten(0, 2)
-        y = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)
-        return y.reshape(n, height, width, 2, 2, out).transpose(2, 3).reshape(n, 2 * height, 2 * width, out)
+        kernel = 4 * F.avg_pool2d(self.weight.flip(2, 3), 2, stride=1, padding=1).transpose(0, 1)
+        return F.conv_transpose2d(x.permute(0, 3, 1, 2), kernel, self.bias, stride=2, padding=2).permute(0, 2, 3, 1)
 
 
 class Encoder(nn.Module):
@@ -801,7 +792,7 @@ class Decoder(nn.Module):
             widths, blocks = [4 * depth, 4 * depth, 3 * depth, 2 * depth, channels], 8
             self.grid = (blocks, height // 16, width // 16, 4 * depth // blocks)
             self.from_deter = BlockLinear(deter, math.prod(self.grid), blocks)
-            self.from_stoch = nn.Sequential(mlp(stoch, 2 * units, 1), Linear(2 * units, math.prod(self.grid)))
+            self.from_stoch = head(stoch, 2 * units, 1, math.prod(self.grid), 1.0)
             self.convs = nn.ModuleList(map(UpConv, widths[:-1], widths[1:]))
             self.norms = nn.ModuleList(map(NormSiLU, widths[:-1]))
 
@@ -812,8 +803,7 @@ class Decoder(nn.Module):
             out = {k: self.outs[k](x) for k in self.vectors}
         if self.image:
             x = self.from_deter(deter.flatten(0, -2)).unflatten(-1, self.grid).permute(0, 2, 3, 1, 4)  # (N,y,x,G,C/G)
-            x = x.flatten(3)
-            x = x + self.from_stoch(stoch.flatten(0, -2)).view_as(x)
+            x = (x + self.from_stoch(stoch.flatten(0, -2)).view(x.shape)).flatten(3)
             for norm, conv in zip(self.norms, self.convs):
                 x = conv(norm(x))
             out["image"] = at_least_float32(x).sigmoid().unflatten(0, deter.shape[:-1])
@@ -960,27 +950,19 @@ class WorldModel(nn.Module):
         self.cont = head(self.feat, d, 1, 1, 1.0)
         self.register_buffer("bins", symexp_bins(), persistent=False)
 
-    def pack(self, stoch: torch.Tensor) -> torch.Tensor:
-        """One-hot z (...,S*K) -> class indices (...,S), as replay keeps them."""
-        return stoch.unflatten(-1, (self.rssm.stoch, -1)).argmax(-1)
-
-    def unpack(self, indices: torch.Tensor) -> torch.Tensor:
-        """The inverse of `pack`."""
-        return (indices[..., None] == torch.arange(self.rssm.classes, device=indices.device)).flatten(-2).float()
-
     def loss(self, batch: dict, noise: torch.Tensor) -> tuple[dict, dict, dict]:
         """Replay rows (T+1,B,...), noise (T,B,S,K) -> losses (T,B), posterior {deter, stoch} (T,B,...), metrics."""
         carry, obs = split_context(batch)
         deter, stoch, post_logits = self.rssm.observe(
-            self.encoder(obs), carry["action"], obs["is_first"], carry["deter"], self.unpack(carry["stoch"]), noise)
+            self.encoder(obs), carry["action"], obs["is_first"], carry["deter"], carry["stoch"], noise)
         prior_logits = self.rssm.prior(deter)
         dyn, rep, kl = kl_losses(post_logits, prior_logits, self.args.unimix, self.args.free_nats)
         feat = torch.cat([deter, stoch], -1)
         # soft target: the continue head learns gamma * (1 - is_terminal), so a dream needs no other discount
         target = (1 - obs["is_terminal"].float()) * self.args.gamma
-        reward, cont = at_least_float32(self.reward(feat)), at_least_float32(self.cont(feat))[..., 0]
+        cont = at_least_float32(self.cont(feat))[..., 0]
         losses = dict(self.decoder.loss(deter, stoch, obs), dyn=dyn, rep=rep,
-                      reward=twohot_loss(reward, obs["reward"], self.bins),
+                      reward=twohot_loss(self.reward(feat), obs["reward"], self.bins),
                       cont=F.binary_cross_entropy_with_logits(cont, target, reduction="none"))
         metrics = {"wm/kl": kl.mean(), "wm/kl_free_share": (kl < self.args.free_nats).float().mean()}
         for name, logits in (("post", post_logits), ("prior", prior_logits)):
@@ -999,16 +981,13 @@ class ReturnNorm(nn.Module):  # D7
     def __init__(self, rate: float = 0.01, limit: float = 1.0):
         super().__init__()
         self.rate, self.limit = rate, limit
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
+        self.register_buffer("range", torch.zeros(2))
         self.register_buffer("levels", torch.tensor([0.05, 0.95]), persistent=False)
 
     def forward(self, ret: torch.Tensor) -> torch.Tensor:
         """Update with all returns of the batch (any shape), over all ranks; -> the divisor ()."""
-        low, high = torch.quantile(gather_ranks(ret.flatten()), self.levels)
-        self.low.lerp_(low, self.rate)
-        self.high.lerp_(high, self.rate)
-        return (self.high - self.low).clamp(min=self.limit)
+        self.range.lerp_(torch.quantile(gather_ranks(ret.flatten()), self.levels), self.rate)
+        return (self.range[1] - self.range[0]).clamp(min=self.limit)
 
 
 class Behaviour(nn.Module):
@@ -1079,20 +1058,20 @@ class Behaviour(nn.Module):
 
     @torch.no_grad()
     def slow_value(self, feat: torch.Tensor) -> torch.Tensor:
-        return twohot_mean(at_least_float32(self.slow_critic(feat)), self.bins)
+        return twohot_mean(self.slow_critic(feat), self.bins)
 
     def loss(self, world: WorldModel, post: dict, batch: dict, noise_action, noise_stoch) -> tuple[dict, dict]:
         """All behaviour losses from the posterior (T,B,...) of rows 1..T of `batch`; every state starts one dream."""
         deter, stoch = (post[k].detach().flatten(0, 1) for k in ("deter", "stoch"))
         feat, action = self.imagine(world.rssm, deter, stoch, noise_action, noise_stoch)
         with torch.no_grad():  # the behaviour must not bend the world model
-            reward = twohot_mean(at_least_float32(world.reward(feat)), world.bins)
+            reward = twohot_mean(world.reward(feat), world.bins)
             cont = at_least_float32(world.cont(feat))[..., 0].sigmoid()
         losses, ret, metrics = self.imagination_losses(
-            self.policy(feat[:-1]), action, at_least_float32(self.critic(feat)), self.slow_value(feat), reward, cont)
+            self.policy(feat[:-1]), action, self.critic(feat), self.slow_value(feat), reward, cont)
         feat = torch.cat([post["deter"], post["stoch"]], -1)  # not detached: on replay it trains the world model too
         losses["repval"], _ = self.replay_losses(
-            at_least_float32(self.critic(feat)), self.slow_value(feat), ret[0].unflatten(0, feat.shape[:2]),
+            self.critic(feat), self.slow_value(feat), ret[0].unflatten(0, feat.shape[:2]),
             batch["reward"][1:], batch["is_last"][1:], batch["is_terminal"][1:])
         return losses, metrics
 
@@ -1257,8 +1236,8 @@ def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_si
     metrics.update(optimizer.step())
     slow, online = (list(m.parameters()) for m in (agent.behaviour.slow_critic, agent.behaviour.critic))
     torch._foreach_lerp_(slow, online, agent.args.slow_rate)  # slow <- 0.98 slow + 0.02 online
-    deter = post["deter"].nan_to_num()  # weights that have diverged must not spoil rows that a checkpoint counts on
-    replay.write(index[1:], deter=deter, stoch=agent.world.pack(post["stoch"]))  # D9
+    # D9; weights that have diverged must not spoil rows that a checkpoint counts on
+    replay.write(index[1:], **{k: v.nan_to_num() for k, v in post.items()})
     return metrics
 
 
@@ -1387,7 +1366,7 @@ def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int
     noise = torch.empty(args.batch_length, count, rssm.stoch, rssm.classes, device=device).exponential_()
     tokens = world.encoder({k: v[:context] for k, v in obs.items()})
     deter, stoch, _ = rssm.observe(tokens, carry["action"][:context], obs["is_first"][:context], carry["deter"].float(),
-                                   world.unpack(carry["stoch"]), noise)
+                                   carry["stoch"].float(), noise)
     states, weights = list(zip(deter, stoch)), rssm.scan_weights(deter.dtype)
     for action, step_noise in zip(carry["action"][context:], noise[context:]):
         states.append(rssm.imagine_step(weights, *states[-1], action, step_noise))
@@ -1570,12 +1549,13 @@ def resolve(args: Args, device: torch.device) -> Args:
 
 
 def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:  # D9
-    """Fields of a replay row: name -> (shape, dtype). Nothing is lost: h in computation precision, z as indices."""
+    """Fields of a replay row: name -> (shape, dtype). Nothing is lost: h in computation precision, z is one-hot."""
     flag, rssm = ((), torch.bool), agent.world.rssm
     obs = {k: (shape, torch.uint8 if k == "image" else torch.float32) for k, shape in shapes.items()}
     return dict(obs, reward=((), torch.float32), is_first=flag, is_last=flag, is_terminal=flag,
-                action=((agent.behaviour.action_dim,), torch.float32), stoch=((rssm.stoch,), torch.uint8),
-                deter=((rssm.deter,), torch.bfloat16 if args.precision == "bf16" else torch.float32))
+                action=((agent.behaviour.action_dim,), torch.float32),
+                deter=((rssm.deter,), torch.bfloat16 if args.precision == "bf16" else torch.float32),
+                stoch=((rssm.stoch * rssm.classes,), torch.uint8))
 
 
 def main(args: Args) -> None:
@@ -1659,8 +1639,7 @@ def main(args: Args) -> None:
         state = agent.act(row, state)  # D13
         state["action"] *= torch.as_tensor(~row["is_last"], device=device)[:, None]  # none follows an episode's end
         action = state["action"].cpu().numpy()
-        latents = dict(deter=state["deter"], stoch=agent.world.pack(state["stoch"]))  # D9, D12
-        replay.add(dict(row, action=state["action"], **latents), length)
+        replay.add(row | state, length)  # D9, D12
         decisions, stopping, starts = sum_ranks(
             [int((~row["is_first"]).sum()), bool(stop), replay.starts(length)], device)  # D9; all ranks must agree
         before, step = step, step + int(decisions)

@@ -61,7 +61,7 @@ def count_norm_as_one(m, mode, monkeypatch):
                 return torch.autograd.grad(F.silu(F.rms_norm(x, scale.shape, scale, 1e-4)), (x, scale), grad)
 
     def norm(self, x):
-        return Norm.apply(m.at_least_float32(x), self.scale).to(x.dtype)
+        return Norm.apply(m.at_least_float32(x), self.weight).to(x.dtype)
 
     monkeypatch.setattr(m.NormSiLU, "forward", norm)
 

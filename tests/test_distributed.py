@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from benchmark import synthetic_rows
 from conftest import ROOT, SCRIPTS, load
 from test_resume import ENDLESS, check_rows, checkpoint, differences, execute, finish, only, scripted, start, wait_for
@@ -114,7 +115,7 @@ def make_rows(agent, steps: int, columns: int) -> dict:
         is_first=torch.rand(shape) < 0.3, is_last=last, is_terminal=last & (torch.rand(shape) < 0.5),
         reward=torch.randn(shape), action=torch.eye(ACTIONS)[torch.randint(ACTIONS, shape)].double(),
         deter=torch.rand(*shape, rssm.deter).double() * 2 - 1,
-        stoch=torch.randint(rssm.classes, (*shape, rssm.stoch), dtype=torch.uint8))
+        stoch=F.one_hot(torch.randint(rssm.classes, (*shape, rssm.stoch)), rssm.classes).flatten(-2).byte())
 
 
 def joint_loss(script, rank: int | None = None):
@@ -129,9 +130,8 @@ def joint_loss(script, rank: int | None = None):
 def gradients_v3(script, agent=None) -> dict[str, torch.Tensor]:
     """And the statistics of returns, which are those of the joint batch too."""
     agent = agent or joint_loss(script)
-    norm = agent.behaviour.return_norm
-    return {k: p.grad.clone() for k, p in agent.named_parameters() if p.requires_grad} | dict(
-        low=norm.low.clone(), high=norm.high.clone())
+    found = {k: p.grad.clone() for k, p in agent.named_parameters() if p.requires_grad}
+    return found | dict(range=agent.behaviour.return_norm.range.clone())
 
 
 def work_v3(script, rank: int) -> dict:

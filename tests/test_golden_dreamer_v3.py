@@ -52,7 +52,7 @@ def equal(ours, name):
 def fill(layer, name):
     """Official parameters into one of our layers; kernels are (in,out), (kh,kw,in,out) or (blocks,in,out)."""
     if isinstance(layer, v3.NormSiLU):
-        return layer.load_state_dict(dict(scale=given(name + "norm/scale")))
+        return layer.load_state_dict(dict(weight=given(name + "norm/scale")))
     kernel = given(name + "/kernel")
     if not isinstance(layer, v3.BlockLinear):
         kernel = kernel.T if kernel.dim() == 2 else kernel.permute(3, 2, 0, 1)
@@ -88,7 +88,7 @@ def make_behaviour(feat, action_dim, discrete=True, **flags):
 
 def blank_rows(count, dtype):
     """Replay rows (count,1,...) for size1m with a vector of three and two actions."""
-    sizes = dict(obs=(3,), action=(2,), deter=(512,), stoch=(32,), reward=(), is_first=(), is_last=(), is_terminal=())
+    sizes = dict(obs=(3,), action=(2,), deter=(512,), stoch=(128,), reward=(), is_first=(), is_last=(), is_terminal=())
     return {k: torch.zeros(count, 1, *size, dtype=torch.bool if k[:3] == "is_" else dtype) for k, size in sizes.items()}
 
 
@@ -212,7 +212,7 @@ def test_ratio():
 
 def test_rms_norm():
     norm = v3.NormSiLU(8).double()
-    norm.load_state_dict(dict(scale=given("rms_scale")))
+    norm.load_state_dict(dict(weight=given("rms_scale")))
     y = expected("rms_y").double()
     assert torch.allclose(norm(given("rms_x")), F.silu(y), rtol=1e-4, atol=1e-6)
 
@@ -248,7 +248,7 @@ def test_decoder():
     net = v3.Decoder({"vec": (3,), "image": (48, 48, 3)}, deter=16, stoch=12, units=6, depth=2, layers=2).double()
     for i in range(2):
         fill(net.mlp[2 * i], f"dec_w:dec/mlp/linear{i}")
-        net.mlp[2 * i + 1].load_state_dict(dict(scale=given(f"dec_w:dec/mlp/norm{i}/scale")))
+        net.mlp[2 * i + 1].load_state_dict(dict(weight=given(f"dec_w:dec/mlp/norm{i}/scale")))
     layers = {"vec/vec/pred": net.outs["vec"], "imgout": net.convs[3],
               "sp0": net.from_deter, "sp1": net.from_stoch[0][0], "sp2": net.from_stoch[1]}
     norms = {"sp1": net.from_stoch[0][1], "sp": net.norms[0]}
@@ -320,13 +320,13 @@ def test_continue(monkeypatch):
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_return_norm(dtype):
     norm, memoryless = v3.ReturnNorm().to(dtype), v3.ReturnNorm(rate=1.0).to(dtype)
-    steps = [(norm(x), norm.low.clone(), norm.high.clone()) for x in given("retnorm_x", dtype)]
+    steps = [(norm(x), *norm.range.clone()) for x in given("retnorm_x", dtype)]
     scale, low, high = map(torch.stack, zip(*steps))
     close(scale, "retnorm_scale")
     close(low, "retnorm_lo")
     close(low, "retnorm_offset")
     close(high, "retnorm_hi")
-    steps = [(memoryless(x), memoryless.low.clone(), memoryless.high.clone())[1:] for x in given("retnorm_x", dtype)]
+    steps = [(memoryless(x), *memoryless.range.clone())[1:] for x in given("retnorm_x", dtype)]
     close(torch.tensor(steps), "retnorm_batch_perc")
 
 
@@ -334,16 +334,15 @@ def imagination(behaviour, policy, action):
     """Our losses on the official inputs, and the value logits; compares what does not depend on the policy."""
     value = time_first("il_value_logits").requires_grad_()
     slow = v3.twohot_mean(time_first("il_slow_logits"), behaviour.bins)
-    behaviour.return_norm.low.copy_(given("il_retnorm_lo0"))
-    behaviour.return_norm.high.copy_(given("il_retnorm_hi0"))
+    behaviour.return_norm.range.copy_(torch.stack([given("il_retnorm_lo0"), given("il_retnorm_hi0")]))
     losses, ret, metrics = behaviour.imagination_losses(
         policy, action, value, slow, time_first("il_rew"), time_first("il_con"))
     close(v3.twohot_mean(value, behaviour.bins).T, "il_val")
     close(slow.T, "il_slowval")
     close(ret.T, "il_ret")
     close(losses["value"].T, "il_value_loss")
-    close(behaviour.return_norm.low, "il_retnorm_lo1")
-    close(behaviour.return_norm.high, "il_retnorm_hi1")
+    close(behaviour.return_norm.range[0], "il_retnorm_lo1")
+    close(behaviour.return_norm.range[1], "il_retnorm_hi1")
     close(((ret - v3.twohot_mean(value, behaviour.bins)[:-1]) / metrics["ac/return_scale"]).mean(), "il_adv_mean")
     return losses, value
 
