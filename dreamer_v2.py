@@ -92,12 +92,10 @@ class Args:
     seed: int = 1  # seed of weights, environments and sampling
     # values for the flags left alone; default: released Atari; paper: Table D.1; dmc: released control from pixels
     preset: Literal["default", "tiny", "paper", "dmc"] = "default"
-    # policy steps over all environments; frames = steps x action repeat (official: 200M frames)
-    total_timesteps: int = 50_000_000
+    total_timesteps: int = 50_000_000  # policy steps over all environments; x action repeat = frames (official: 200M)
     num_envs: int = 1  # parallel environments (official: 1)
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    # computation (weights stay fp32); auto: bf16 on CUDA (official: float16), else fp32
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # weights stay fp32; auto: bf16 on CUDA (ours), else fp32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the steps and the large regions; auto: on CUDA only
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
@@ -110,17 +108,14 @@ class Args:
     log_every: int = 1_000  # policy steps between metric logs
 
     grayscale: bool = True  # Atari in gray (official)
-    # environment steps per policy step; None: 4 on Atari, 1 elsewhere (official; 2 for control)
-    action_repeat: int | None = None
+    action_repeat: int | None = None  # environment steps per policy step; None: Atari 4, else 1 (official; control 2)
     sticky_actions: float = 0.25  # Atari: probability that a frame repeats the last action (official)
     full_action_space: bool = False  # Atari: all 18 actions (paper)
     # applied to replayed rewards, never to logged returns (official: tanh on Atari, identity for control)
     reward_transform: Literal["tanh", "identity"] = "tanh"
 
-    # replay rows over all environments (official); no more than total_timesteps are allocated, also after a resume
-    buffer_size: int = 2_000_000
-    # where replay lives; auto: GPU memory if it fits in half of what is free, else memory-mapped files
-    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
+    buffer_size: int = 2_000_000  # replay rows over all environments (official); at most total_timesteps, also resumed
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU if it fits in half its free memory, else files
     learning_starts: int = 50_000  # policy steps with uniformly random actions before the first update (official)
     pretrain: int = 1  # additional updates at the first one (official)
     batch_size: int = 16  # sequences per update, B (official; paper: 50)
@@ -136,8 +131,7 @@ class Args:
     layers: int = 4  # hidden layers of each head, actor and critic (official)
     units: int = 400  # width of those layers (official)
     kl_scale: float = 0.1  # weight of the KL, beta (official Atari; paper's tuning range 0.1, 0.3, 1, 3)
-    # share of the KL's gradient that trains the prior, alpha (official); 0.5: one KL without balancing
-    kl_balance: float = 0.8
+    kl_balance: float = 0.8  # share of the KL's gradient that trains the prior, alpha (official); 0.5: no balancing
     free_nats: float = 0.0  # KL, mean of the batch, below which it is not trained (official: 0 on Atari, 1 for control)
     pred_discount: bool = True  # predict episode ends, else the discount is always gamma (official on Atari)
     discount_scale: float = 5.0  # weight of the discount loss (official Atari)
@@ -149,8 +143,7 @@ class Args:
     rho: str = "0.9"  # share of Reinforce with --actor-grad both (official: 1 - actor_grad_mix); may be a schedule
     # entropy bonus (official Atari; range 3e-5 to 1e-3); or linear(a,b,n) warmup(n,a) exp(a,b,n) horizon(a,b,n)
     ent_coef: str = "1e-3"
-    # continuous actions: exact gradient of the truncated normal's sample instead of TensorFlow's (ours)
-    exact_trunc_grad: bool = False
+    exact_trunc_grad: bool = False  # continuous actions: exact gradient of a sample instead of TensorFlow's (ours)
     slow_rate: float = 1.0  # step of the slow critic towards the critic (official)
     slow_every: int = 100  # updates between such steps; the first comes after the first update (official)
     model_lr: float = 2e-4  # learning rate of the world model (official Atari)
@@ -826,16 +819,13 @@ class RSSM(nn.Module):
         cand = torch.tanh(reset.sigmoid() * cand)
         return torch.lerp(deter, cand, (update - 1).sigmoid())  # u * cand + (1 - u) * h
 
-    def sample(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """z (B,S*K) from logits (B,S,K)."""
-        return sample_onehot(at_least_float32(logits).softmax(-1), noise).to(logits.dtype).flatten(1)
-
     def observe_step(self, weights: dict, deter, stoch, action_row, token_row, noise) -> tuple:
         """One posterior step: (B,D), (B,S*K), rows (B,hidden) twice, noise (B,S,K) -> h', z', logits (B,S,K)."""
         deter = self.core(weights, deter, stoch, action_row)
         x = F.elu(torch.addmm(token_row, deter, weights["post"]))
         logits = torch.addmm(weights["post_out_bias"], x, weights["post_out"]).unflatten(-1, (self.stoch, self.classes))
-        return deter, self.sample(logits, noise), logits
+        stoch = sample_onehot(at_least_float32(logits).softmax(-1), noise).to(deter.dtype).flatten(1)
+        return deter, stoch, logits
 
     def observe(self, tokens, prev_action, is_first, deter, stoch, noise) -> tuple:
         """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), carry h (B,D), z (B,S*K), noise
@@ -859,7 +849,7 @@ class RSSM(nn.Module):
     def imagine_step(self, weights: dict, deter, stoch, action, noise) -> tuple:
         """One step without observation: (N,D), (N,S*K), action (N,A), noise (N,S,K) -> h', z' ~ p(z' | h')."""
         deter = self.core(weights, deter, stoch, self.action_row(action.to(deter.dtype)))
-        return deter, self.sample(self.prior(deter), noise)
+        return deter, sample_onehot(at_least_float32(self.prior(deter)).softmax(-1), noise).to(deter.dtype).flatten(1)
 
 
 class WorldModel(nn.Module):
@@ -993,8 +983,7 @@ class Behaviour(nn.Module):
     @torch.no_grad()
     def update_slow_critic(self) -> None:
         """slow <- (1 - rate) slow + rate critic after update 1 + n every; after the first a full copy."""
-        rate = self.args.slow_rate * (self.updates % self.args.slow_every == 0).float()
-        rate = torch.where(self.updates == 0, torch.ones_like(rate), rate)
+        rate = torch.where(self.updates == 0, 1.0, self.args.slow_rate * (self.updates % self.args.slow_every == 0))
         for slow, online in zip(self.slow_critic.parameters(), self.critic.parameters()):
             slow.lerp_(online, rate)
         self.updates += 1

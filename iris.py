@@ -667,38 +667,26 @@ class PixelAttention(nn.Module):
         return x + self.out(F.scaled_dot_product_attention(q, k, v).mT.unflatten(-1, x.shape[-2:]))
 
 
-class Down(nn.Conv2d):
-    """Halve the resolution. Trap: zeros are added at the right and bottom only; padding=1 would shift everything."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
-
-
 def stage(channels: int, level: int, blocks: int) -> list[nn.Module]:
     """The blocks of one resolution, image size / 2^level; with attention at 1/4 and 1/8 of the size (16 and 8)."""
     kinds = (ResBlock, PixelAttention) if level in (2, 3) else (ResBlock,)
     return [kind(channels) for _ in range(blocks) for kind in kinds]
 
 
-def middle(channels: int) -> list[nn.Module]:
-    """The blocks between the lowest resolution and the code."""
-    return [ResBlock(channels), PixelAttention(channels), ResBlock(channels)]
-
-
 def make_encoder(image: int, channels: int, blocks: int, code_dim: int) -> nn.Sequential:
     """(N,image,Y,X) in [-1,1] -> (N,E,Y/16,X/16). Source: `nets.Encoder`."""
     layers = [conv(image, channels)]
     for level in range(5):
-        layers += stage(channels, level, blocks) + ([Down(channels)] if level < 4 else [])
-    return nn.Sequential(*layers, *middle(channels), norm(channels), nn.SiLU(), conv(channels, code_dim))
+        layers += stage(channels, level, blocks)
+        if level < 4:  # halve. Trap: zeros at the right and bottom only; padding=1 would shift everything
+            layers += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)]
+    return nn.Sequential(*layers, ResBlock(channels), PixelAttention(channels), ResBlock(channels),
+                         norm(channels), nn.SiLU(), conv(channels, code_dim))
 
 
 def make_decoder(image: int, channels: int, blocks: int, code_dim: int) -> nn.Sequential:
     """(N,E,Y/16,X/16) -> (N,image,Y,X), about [-1,1], without output activation. Source: `nets.Decoder`."""
-    layers = [conv(code_dim, channels), *middle(channels)]
+    layers = [conv(code_dim, channels), ResBlock(channels), PixelAttention(channels), ResBlock(channels)]
     for level in (4, 3, 2, 1, 0):
         layers += stage(channels, level, blocks + 1)  # one block more than in the encoder
         layers += [nn.Upsample(scale_factor=2), conv(channels, channels)] if level else []
@@ -796,19 +784,14 @@ class Tokenizer(nn.Module):
         """Frames (N,C,Y,X) in [0,1] -> z, what the encoder says before quantisation, (N,E,y,x)."""
         return self.pre_quant(self.encoder((2 * frames - 1).to(self.codebook.weight.dtype)))
 
-    def quantise(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """z (N,E,y,x) -> tokens (N,K), row by row of the grid, and their words (N,E,y,x)."""
-        tokens = nearest_code(z.flatten(2).mT, self.codebook.weight)
-        return tokens, self.words(tokens)
-
     def words(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (N,K) -> their codebook rows as a grid (N,E,y,x)."""
         side = math.isqrt(tokens.shape[-1])
         return self.codebook(tokens).mT.unflatten(-1, (side, side))
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
-        """Frames (N,C,Y,X) in [0,1] -> tokens (N,K)."""
-        return self.quantise(self.embed(frames))[0]
+        """Frames (N,C,Y,X) in [0,1] -> tokens (N,K), row by row of the grid."""
+        return nearest_code(self.embed(frames).flatten(2).mT, self.codebook.weight)
 
     def reconstruct(self, z_q: torch.Tensor) -> torch.Tensor:
         """Words (N,E,y,x) -> image (N,C,Y,X) in about [-1,1]."""
@@ -824,7 +807,8 @@ class Tokenizer(nn.Module):
         Eq. 3 (arXiv:1711.00937v2) with beta = 1. Sums and norms in the papers are means over all elements in the code;
         -ln p(x|z) is an L1. All weights are 1."""
         z = at_least_float32(self.embed(frames))
-        tokens, z_q = self.quantise(z)
+        tokens = nearest_code(z.flatten(2).mT, self.codebook.weight)
+        z_q = self.words(tokens)
         # straight-through: the value is z_q, the gradient goes to z as if there were no codebook
         recon, target = at_least_float32(self.reconstruct(z + (z_q - z).detach())), 2 * frames - 1
         losses = dict(
@@ -926,15 +910,13 @@ class WorldModel(nn.Module):
         errors = [F.cross_entropy(x.mT, y, reduction="none") for x, y in zip(logits, labels)]
         errors[1] = errors[1] + 0 * batch["reward"]  # the sign of NaN is 0: do not let it go unnoticed
         losses = {k: masked_mean(*pair) for k, pair in zip(("token", "reward", "end"), zip(errors, masks))}
-        return losses, self.diagnose([error.detach() for error in errors], batch["tokens"], labels, masks)
-
-    def diagnose(self, errors: list, tokens: torch.Tensor, labels: tuple, masks: tuple) -> dict:
-        """Where the losses come from; the sums hide what matters: tokens (B,T,K) that change, rewards, ends."""
-        first = self.tokens - 1  # label of the second frame's first token
-        changed = (tokens[:, 1:] != tokens[:, :-1]).flatten(1) & masks[0][:, first:]
-        return {"wm/token_loss_changed": masked_mean(errors[0][:, first:], changed),
-                "wm/reward_loss_nonzero": masked_mean(errors[1], masks[1] & (labels[1] != 1)),
-                "wm/end_loss_end": masked_mean(errors[2], masks[2] & (labels[2] == 1))}
+        # where the losses come from, as the means hide what matters: tokens that change, rewards, ends
+        token, reward, end = (error.detach() for error in errors)
+        token = token[:, self.tokens - 1 :]  # from the second frame's first token
+        changed = (batch["tokens"][:, 1:] != batch["tokens"][:, :-1]).flatten(1) & masks[0][:, self.tokens - 1 :]
+        return losses, {"wm/token_loss_changed": masked_mean(token, changed),
+                        "wm/reward_loss_nonzero": masked_mean(reward, batch["mask"] & (labels[1] != 1)),
+                        "wm/end_loss_end": masked_mean(end, batch["mask"] & (labels[2] == 1))}
 
 
 class Dream:
@@ -947,11 +929,6 @@ class Dream:
     def __init__(self, world: WorldModel, tokens: torch.Tensor):
         self.world, self.tokens, self.waiting = world, tokens, tokens
         self.cache, self.written = world.empty_cache(len(tokens)), 0
-
-    @property
-    def size(self) -> int:
-        """Positions of the sequence so far."""
-        return self.written + self.waiting.shape[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Append embedded tokens (B,n,W) -> the last output (B,W)."""
@@ -966,7 +943,7 @@ class Dream:
         When the context is full, memory is cut down to the present frame (official), at position 0 again. That never
         happens within H = T frames: K + (H-1)(K+1) + 1 = T(K+1)."""
         world = self.world
-        if self.size + 1 + world.tokens > world.positions:
+        if self.written + self.waiting.shape[1] + 1 + world.tokens > world.positions:
             self.written, self.waiting = 0, self.tokens
         y = self.forward(torch.cat([world.token(self.waiting), world.action(action)[:, None]], 1))
         reward, end = sample(world.reward_head(y), noise["reward"]) - 1, sample(world.end_head(y), noise["end"])
@@ -996,8 +973,7 @@ class Behaviour(nn.Module):
 
     def initial(self, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden and cell state (B,units) before anything was seen."""
-        zeros = torch.zeros(2, batch, self.lstm.hidden_size, dtype=self.actor.weight.dtype, device=device)
-        return zeros[0], zeros[1]
+        return torch.zeros(2, batch, self.lstm.hidden_size, dtype=self.actor.weight.dtype, device=device).unbind()
 
     def forward(self, frames: torch.Tensor, state: tuple, mask: torch.Tensor | None = None) -> tuple:
         """Frames (T,B,C,Y,X) in [0,1], state (B,units) twice -> logits (T,B,A), value (T,B), state.
@@ -1043,10 +1019,13 @@ class Behaviour(nn.Module):
                 frames = tokenizer.decode(dream.tokens)
         return dict({k: torch.stack(v) for k, v in out.items()}, hidden=start[0], cell=start[1])
 
-    def losses(self, logits, value, action, reward, end) -> tuple[dict, dict]:
-        """Logits (H,B,A), value (H,B), action (H,B), reward and end (H-1,B) -> losses (), metrics. Section 2.3, App. B.
+    def loss(self, dream: dict) -> tuple[dict, dict]:
+        """What `imagine` returned -> losses (), metrics. Section 2.3, App. B. Gradients go back through the LSTM to the
+        dream's start.
 
         The value is baseline, bootstrap and what is learned: no target network, no normalisation of advantages."""
+        action, reward, end = (dream[k] for k in ("action", "reward", "end"))
+        logits, value, _ = self(dream["frames"], (dream["hidden"], dream["cell"]))  # (H,B,A), (H,B)
         ret = lambda_return(reward, value.detach(), end, self.args.gamma, self.args.lam)  # a constant for all losses
         log_probs = logits[:-1].log_softmax(-1)
         taken = log_probs.gather(-1, action[:-1, :, None])[..., 0]
@@ -1057,11 +1036,6 @@ class Behaviour(nn.Module):
         metrics = {"ac/entropy": entropy.mean(), "ac/return": ret.mean(), "ac/value": value.mean(),
                    "ac/imag_reward": reward.float().mean(), "ac/imag_end": end.float().mean()}
         return losses, {k: v.detach() for k, v in metrics.items()}
-
-    def loss(self, dream: dict) -> tuple[dict, dict]:
-        """Losses () and metrics of what `imagine` returned; gradients go back through the LSTM to the dream's start."""
-        logits, value, _ = self(dream["frames"], (dream["hidden"], dream["cell"]))
-        return self.losses(logits, value, dream["action"], dream["reward"], dream["end"])
 
 
 # ======== 9. update ========
@@ -1414,8 +1388,7 @@ def open_loop_video(agent: Agent, replay: SegmentReplay, args: Args, count: int 
             tokens.append(dream.tokens)
         model = torch.stack([agent.tokenizer.decode(x) for x in tokens]).movedim(2, -1)
     reward, end = torch.stack(numbers, 1)
-    shown = mask[..., None, None, None]
-    return dream_video(image / 255, model * shown, context, reward=reward, end=end)
+    return dream_video(image / 255, model * mask[..., None, None, None], context, reward=reward, end=end)
 
 
 # ======== 11. checkpoint and logging ========
@@ -1647,11 +1620,10 @@ def main(args: Args) -> None:
     place = replay_device(specs, rows * num_envs, args, device, decoded)
     # an epoch, begun at step `begun`, collects until `goal`, then makes 3 x epoch_updates, `done` so far (-1: it has
     # not begun); `extra` epochs have only trained
-    step, updates, extra, begun, goal, done, metrics = 0, 0, 0, 0, 0, -1, {}
-    if saved:
-        step, updates = saved["step"], saved["updates"]
-        extra, begun, goal, done = (saved[k] for k in ("extra", "begun", "goal", "done"))
-        extra = extra if step >= args.total_timesteps else 0  # of a finished run that is to collect more
+    at = saved or dict(step=0, updates=0, extra=0, begun=0, goal=0, done=-1, metrics={})
+    step, updates, extra, begun, goal, done = (at[k] for k in ("step", "updates", "extra", "begun", "goal", "done"))
+    extra = extra if step >= args.total_timesteps else 0  # of a finished run that is to collect more
+    metrics = {k: torch.tensor(v, device=device) for k, v in at["metrics"].items()}
 
     def now() -> int:
         """The policy step, and as if they went on in the epochs that only train."""
@@ -1669,7 +1641,6 @@ def main(args: Args) -> None:
         agent.load_state_dict(saved["agent"])
         optimizers.load_state_dict(saved["optimizer"])
         replay.load_state_dict(saved["replay"])
-        metrics = {k: torch.tensor(v, device=device) for k, v in saved["metrics"].items()}
         envs.seed += step  # other episodes than the first ones again
     torch.manual_seed(args.seed + 1000 * rank + step)
     if saved and rank == 0:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import golden, load
+from test_iris import behaviour_losses, size
 from torch import nn
 
 iris = load("iris")
@@ -112,7 +113,7 @@ def decoder_names() -> list[str]:
 
 def fill_tokenizer(tokenizer) -> None:
     for part, names in ("encoder", encoder_names()), ("decoder", decoder_names()):
-        layers = [m for m in getattr(tokenizer, part) if not isinstance(m, (nn.SiLU, nn.Upsample))]
+        layers = [m for m in getattr(tokenizer, part) if not isinstance(m, (nn.SiLU, nn.Upsample, nn.ZeroPad2d))]
         for layer, name in zip(layers, names, strict=True):
             fill_block(layer, f"tokenizer.{part}.{name}")
     fill_module(tokenizer.pre_quant, "tokenizer.pre_quant_conv")
@@ -217,9 +218,9 @@ def test_vector_quantisation():
 
     tokenizer.embed, tokenizer.reconstruct = (lambda frames: z), decoder
     losses, _ = tokenizer.loss(given("vq/x01"))
-    tokens, z_q = tokenizer.quantise(z)
+    tokens = tokenizer.encode(given("vq/x01"))
     same(tokens, "vq/tokens")
-    close(z_q, "vq/z_q")
+    close(tokenizer.words(tokens), "vq/z_q")
     close(through[0], "vq/straight_through")
     close(losses["codebook"] + losses["commit"], "vq/loss_commitment")
     close(losses["image"], "vq/loss_reconstruction")
@@ -233,12 +234,11 @@ def test_tokenizer(agent, lpips, pictures):
     close(pictures[..., ::16, ::16], "tok/x_check")
     z = tokenizer.embed(pictures)
     close(z[:, :16], "tok/z_first16", 1e-3)
-    tokens, z_q = tokenizer.quantise(z)
+    tokens = tokenizer.encode(pictures)
     same(tokens, "tok/tokens")
-    same(tokenizer.encode(pictures), "tok/tokens")
     distance = (z.flatten(2).mT[:, :, None] - tokenizer.codebook.weight).norm(dim=-1).sort(-1)[0]
     close((distance[..., 1] - distance[..., 0]).min(), "tok/min_margin", 1e-3)
-    recon = tokenizer.reconstruct(z_q)
+    recon = tokenizer.reconstruct(tokenizer.words(tokens))
     close(recon[..., ::8, ::8], "tok/rec_strided", 1e-3)
     close(torch.stack([recon.mean(), recon.std()]), "tok/rec_mean_std", 1e-3)
     close(((recon + 1) / 2)[..., ::8, ::8], "tok/encode_decode_strided", 1e-3)
@@ -422,7 +422,7 @@ def test_actor_critic(agent):
 def test_actor_critic_losses(agent):
     logits, value = given("acloss/logits").requires_grad_(), given("acloss/values").requires_grad_()
     action, reward, end = (given(f"acloss/{k}").T for k in ("actions", "rewards", "ends"))
-    losses, _ = agent.behaviour.losses(logits.transpose(0, 1), value.T, action, reward[:-1], end[:-1])
+    losses = behaviour_losses(agent, logits.transpose(0, 1), value.T, action=action, reward=reward[:-1], end=end[:-1])
     for ours, name in ("policy", "actions"), ("value", "values"), ("entropy", "entropy"):
         close(losses[ours], f"acloss/loss_{name}")
     grads = torch.autograd.grad(sum(losses.values()), (logits, value))
@@ -457,9 +457,9 @@ def watch_dreams(monkeypatch) -> list[tuple]:
     steps, step = [], iris.Dream.step
 
     def watched(self, *args, **kwargs):
-        before = self.size
+        before = size(self)
         result = step(self, *args, **kwargs)
-        steps.append((before, self.size, self.tokens))
+        steps.append((before, size(self), self.tokens))
         return result
 
     monkeypatch.setattr(iris.Dream, "step", watched)
