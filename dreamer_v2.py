@@ -358,56 +358,17 @@ def resize_area(frames: np.ndarray, size: int) -> np.ndarray:
 # ==== end shared ====
 
 
-# ==== shared: atari environment ====
-class AtariEnvs:
-    """`num_envs` games in ale-py's native vector environment; a row of arrays (N,...) per step.
-
-    `resize`: "bilinear" (from 210x160) or "area" (native). `life_loss`: a lost life sets is_terminal, the game goes on.
-    NEXT_STEP: the step after an episode's end ignores its action and returns the next episode's first observation, so
-    is_first_{t+1} = is_last_t. Rewards are raw. The last frame of a game often repeats the one before (emulator)."""
-
-    def __init__(self, env_id: str, num_envs: int, seed: int, size: int, resize: str, grayscale: bool,
-                 action_repeat: int, sticky_actions: float, full_action_space: bool, life_loss: bool = False):
-        self.native = resize == "area"
-        self.envs = gymnasium.make_vec(
-            env_id, num_envs=num_envs, img_height=size if self.native else 210, img_width=size if self.native else 160,
-            grayscale=grayscale and self.native, stack_num=1, frameskip=action_repeat, maxpool=True, noop_max=30,
-            use_fire_reset=False, reward_clipping=False, episodic_life=False, life_loss_info=life_loss,
-            repeat_action_probability=sticky_actions, full_action_space=full_action_space,
-            max_num_frames_per_episode=108_000, autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP)
-        self.num_envs, self.seed, self.size, self.grayscale, self.life_loss = num_envs, seed, size, grayscale, life_loss
-        self.action_dim, self.discrete = int(self.envs.single_action_space.n), True
-        self.shapes = {"image": (size, size, 1 if grayscale else 3)}
-
-    def reset(self) -> dict[str, np.ndarray]:
-        frames, _ = self.envs.reset(seed=self.seed)
-        self.over = zeros = np.zeros(self.num_envs, bool)
-        return self._row(frames, zeros, zeros, zeros, ~zeros)
-
-    def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
-        """One policy step; `action` (N,A) one-hot. Trap: ale-py hangs for ever on an action out of range, so argmax."""
-        frames, reward, terminated, truncated, info = self.envs.step(action.argmax(-1))
-        first, self.over = self.over, truncated | (terminated & (info["lives"] == 0) if self.life_loss else terminated)
-        return self._row(frames, reward, terminated, self.over, first)
-
-    def _row(self, frames, reward, terminated, over, first):
-        image = frames[:, 0] if frames.ndim == 5 else frames[:, 0, ..., None]
-        if not self.native:
-            image = resize_bilinear(image, self.size)
-            if self.grayscale:  # after max and resize, truncated to uint8 as `embodied.envs.atari` does
-                image = (image * np.array([0.299, 0.587, 1 - (0.299 + 0.587)])).sum(-1, keepdims=True).astype(np.uint8)
-        return dict(image=image, reward=reward.astype(np.float32), is_first=first, is_last=over | terminated,
-                    is_terminal=terminated)
-# ==== end shared ====
-
-
 # ==== shared: generic environment ====
 class GymEnvs:
-    """`num_envs` copies of any Gymnasium environment; the same rows as AtariEnvs. Edit here for anything unusual.
+    """`num_envs` copies of any Gymnasium environment; a row of arrays (N,...) per step. Edit here for anything unusual.
 
+    NEXT_STEP: the step after an episode's end ignores its action and returns the next episode's first observation, so
+    is_first_{t+1} = is_last_t. A time limit is an end, but not terminal. Rewards are raw.
     Observations: uint8 (Y,X,C) images, other Boxes as float32 vectors, Dicts of both (images are stacked by channel).
     Actions: Discrete, or Box: clipped to [-1, 1], then mapped to the bounds where they are finite.
     `pixels`: learn from the rendered image instead; None: do so unless the observation is one image."""
+
+    life_loss = False
 
     def __init__(self, env_id: str, num_envs: int, seed: int, size: int, action_repeat: int, pixels: bool | None):
         control = env_id.startswith("dm_control/")
@@ -455,27 +416,58 @@ class GymEnvs:
     def reset(self) -> dict[str, np.ndarray]:
         obs, _ = self.envs.reset(seed=self.seed)
         self.over = zeros = np.zeros(self.num_envs, bool)
-        return self._row(obs, zeros, zeros, zeros, ~zeros)
+        return self._row(obs, zeros, zeros, ~zeros)
 
     def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
         """One policy step; `action` (N,A) one-hot, or raw continuous."""
         if self.discrete:
-            native = action.argmax(-1) + self.act.start
+            native = action.argmax(-1) + self.act.start  # trap: ale-py hangs for ever on an action out of range
         else:
             finite = self.act.bounded_below & self.act.bounded_above
             unit = action.reshape(-1, *self.act.shape).clip(-1, 1)
             low, high = np.where(finite, self.act.low, -1), np.where(finite, self.act.high, 1)
             native = (low + (unit + 1) / 2 * (high - low)).clip(self.act.low, self.act.high).astype(self.act.dtype)
-        obs, reward, terminated, truncated, _ = self.envs.step(native)
-        first, self.over = self.over, terminated | truncated
-        return self._row(obs, reward, terminated, self.over, first)
+        obs, reward, terminated, truncated, info = self.envs.step(native)
+        first, self.over = self.over, truncated | (terminated & (info["lives"] == 0) if self.life_loss else terminated)
+        return self._row(obs, reward, terminated, first)
 
-    def _row(self, obs, reward, terminated, over, first):
+    def _row(self, obs, reward, terminated, first):
         obs = obs if isinstance(obs, dict) else {"obs": obs}
         row = {k: np.asarray(obs[k], np.float32).reshape(self.num_envs, -1) for k in self.vectors}
         if self.images:
             row["image"] = np.concatenate([resize_area(obs[k], self.size) for k in self.images], -1)
-        return dict(row, reward=reward.astype(np.float32), is_first=first, is_last=over, is_terminal=terminated)
+        return dict(row, reward=reward.astype(np.float32), is_first=first,
+                    is_last=self.over | terminated, is_terminal=terminated)
+# ==== end shared ====
+
+
+# ==== shared: atari environment ====
+class AtariEnvs(GymEnvs):
+    """`num_envs` games in ale-py's native vector environment.
+
+    `resize`: "bilinear" (from 210x160) or "area" (native). `life_loss`: a lost life sets is_terminal, the game goes on.
+    The last frame of a game often repeats the one before (emulator)."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, size: int, resize: str, grayscale: bool,
+                 action_repeat: int, sticky_actions: float, full_action_space: bool, life_loss: bool = False):
+        self.native = resize == "area"
+        self.envs = gymnasium.make_vec(
+            env_id, num_envs=num_envs, img_height=size if self.native else 210, img_width=size if self.native else 160,
+            grayscale=grayscale and self.native, stack_num=1, frameskip=action_repeat, maxpool=True, noop_max=30,
+            use_fire_reset=False, reward_clipping=False, episodic_life=False, life_loss_info=life_loss,
+            repeat_action_probability=sticky_actions, full_action_space=full_action_space,
+            max_num_frames_per_episode=108_000, autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP)
+        self.num_envs, self.seed, self.size, self.grayscale, self.life_loss = num_envs, seed, size, grayscale, life_loss
+        self.act, self.discrete, self.images, self.vectors = self.envs.single_action_space, True, ["obs"], []
+        self.action_dim, self.shapes = int(self.act.n), {"image": (size, size, 1 if grayscale else 3)}
+
+    def _row(self, obs, reward, terminated, first):
+        image = obs[:, 0] if obs.ndim == 5 else obs[:, 0, ..., None]
+        if not self.native:
+            image = resize_bilinear(image, self.size)
+            if self.grayscale:  # after max and resize, truncated to uint8 as `embodied.envs.atari` does
+                image = (image * np.array([0.299, 0.587, 1 - (0.299 + 0.587)])).sum(-1, keepdims=True).astype(np.uint8)
+        return super()._row(image, reward, terminated, first)
 # ==== end shared ====
 
 
@@ -1595,19 +1587,16 @@ def main(args: Args) -> None:
             scalars = {"charts/SPS": steps / max(seconds, 1e-9), "charts/UPS": count / max(seconds, 1e-9),
                        "charts/frames": step * args.action_repeat, **check_finite(metrics, step, run)}
             log_results(scalars, [], "", writer, step)
-        if reached(args.save_every) and step < args.total_timesteps or stopping:
+        last = step >= args.total_timesteps
+        if reached(args.save_every) or stopping or last:
             save()
         if stopping:
             if rank == 0:
                 tqdm.write(f"saved at step {step}; continue with --resume {run}")
             break
-        if rank == 0 and step < args.total_timesteps:
-            look(reached(args.eval_every), reached(args.video_every))
-        row = envs.step(action)
-    else:
-        save()
         if rank == 0:
-            look(evaluation=True, video=True)
+            look(reached(args.eval_every) or last, reached(args.video_every) or last)
+        row = envs.step(action)
     bar.close()
     if rank == 0 and not updates:
         print("no update was made: replay never held enough rows, or no episode that is long enough for --batch-length")

@@ -162,9 +162,9 @@ def test_lambda_return():
 def test_atari_image():
     for size, gray, name in ((64, False, "atari_rgb64"), (96, True, "atari_gray96")):
         envs = object.__new__(v3.AtariEnvs)
-        vars(envs).update(size=size, native=False, grayscale=gray)
+        vars(envs).update(size=size, native=False, grayscale=gray, images=["obs"], vectors=[], over=False)
         frame = torch.maximum(given("atari_frame1"), given("atari_frame2")).numpy()  # the maximum is ale-py's part
-        equal(envs._row(frame[None, None], *[np.zeros(1, bool)] * 4)["image"][0], name)
+        equal(envs._row(frame[None, None], *[np.zeros(1, bool)] * 3)["image"][0], name)
 
 
 def test_annotate():
