@@ -56,9 +56,9 @@ class CountDispatches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def synthetic_rows(replay, episode: int, seed: int, classes: int = 2):
+def synthetic_rows(replay, episode: int, seed: int):
     """Endless rows for a replay: random images (never zeros), numbers N(0,1), episodes of `episode` rows, one in five
-    of which terminates; latents below `classes`."""
+    of which terminates; latents are 0 or 1."""
     rng, count = np.random.default_rng(seed), 0
     shapes = {name: tuple(field.shape[1:]) for name, field in replay.data.items()}
     while True:
@@ -71,7 +71,7 @@ def synthetic_rows(replay, episode: int, seed: int, classes: int = 2):
         for name, shape in shapes.items():
             if name not in row:
                 whole = replay.data[name].dtype == torch.uint8
-                high = 256 if name == "image" else classes
+                high = 256 if name == "image" else 2
                 row[name] = rng.integers(0, high, shape).astype(np.uint8) if whole else rng.normal(size=shape) / 3
         yield row
         count += 1
@@ -113,7 +113,7 @@ def make_update(script, agent, shapes: dict, args, device: torch.device):
     replay = script.SequenceReplay(specs, 10 * length, args.num_envs, device, None)
     params = [p for n, p in agent.named_parameters() if "slow" not in n]
     optimizer = script.LaProp(params, args.lr, args.warmup, args.agc)
-    rows = synthetic_rows(replay, 100, args.seed, agent.world.rssm.classes)
+    rows = synthetic_rows(replay, 100, args.seed)
     for _ in range(10 * length):
         replay.add(next(rows), length)
     return lambda: script.train_step(agent, optimizer, replay, args.batch_size), rows
