@@ -368,7 +368,7 @@ class GymEnvs:
     Actions: Discrete, or Box: clipped to [-1, 1], then mapped to the bounds where they are finite.
     `pixels`: learn from the rendered image instead; None: do so unless the observation is one image."""
 
-    life_loss = False
+    life_loss = False  # AtariEnvs only: a lost life is terminal, the game goes on
 
     def __init__(self, env_id: str, num_envs: int, seed: int, size: int, action_repeat: int, pixels: bool | None):
         control = env_id.startswith("dm_control/")
@@ -428,6 +428,7 @@ class GymEnvs:
             low, high = np.where(finite, self.act.low, -1), np.where(finite, self.act.high, 1)
             native = (low + (unit + 1) / 2 * (high - low)).clip(self.act.low, self.act.high).astype(self.act.dtype)
         obs, reward, terminated, truncated, info = self.envs.step(native)
+        # over: the next step resets
         first, self.over = self.over, truncated | (terminated & (info["lives"] == 0) if self.life_loss else terminated)
         return self._row(obs, reward, terminated, first)
 
@@ -512,6 +513,8 @@ class Storage:
         path = self.folder / f"{name}.npy"
         new = not path.exists()
         try:
+            if not new:
+                np.lib.format.open_memmap(path, "r")  # trap: r+ would fill up a truncated file, this refuses it
             array = np.lib.format.open_memmap(path, "w+" if new else "r+", dtype, shape)
         except ValueError as error:
             fail(f"{path} is damaged ({error})")
@@ -1222,7 +1225,7 @@ def play(agent, args, device: torch.device) -> None:
     if any(key.startswith(ACTING) for key in missing):
         fail(f"the policy in {path} is not complete")
     with SummaryWriter(str(run)) as writer:
-        log_results(*evaluate(agent, args, device, saved["step"]), "eval/episode", writer, saved["step"])
+        log_results(*evaluate(agent, args, device, saved["step"]), "eval_only/episode", writer, saved["step"])
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
@@ -1495,7 +1498,7 @@ def main(args: Args) -> None:
     wanted = min(args.buffer_size, max(total, (length + 1) * args.num_envs))
     rows = saved["capacity"] if saved else -(-wanted // args.num_envs)
     if rows <= length:
-        fail(f"--batch-length {length} needs {length + 1} rows per environment, --buffer-size gave {rows}")
+        fail(f"--batch-length {length} needs {length + 1} rows per environment, replay has {rows}")
     specs = replay_specs(envs.shapes, agent, args)
     place = replay_device(specs, rows * num_envs, args, device)
     run, writer = start_run(args, saved and saved["step"]) if rank == 0 else ("", None)
@@ -1587,16 +1590,19 @@ def main(args: Args) -> None:
             scalars = {"charts/SPS": steps / max(seconds, 1e-9), "charts/UPS": count / max(seconds, 1e-9),
                        "charts/frames": step * args.action_repeat, **check_finite(metrics, step, run)}
             log_results(scalars, [], "", writer, step)
-        last = step >= args.total_timesteps
-        if reached(args.save_every) or stopping or last:
+        if reached(args.save_every) and step < args.total_timesteps or stopping:
             save()
         if stopping:
             if rank == 0:
                 tqdm.write(f"saved at step {step}; continue with --resume {run}")
             break
-        if rank == 0:
-            look(reached(args.eval_every) or last, reached(args.video_every) or last)
+        if rank == 0 and step < args.total_timesteps:
+            look(reached(args.eval_every), reached(args.video_every))
         row = envs.step(action)
+    else:
+        save()
+        if rank == 0:
+            look(evaluation=True, video=True)
     bar.close()
     if rank == 0 and not updates:
         print("no update was made: replay never held enough rows, or no episode that is long enough for --batch-length")

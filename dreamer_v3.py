@@ -116,20 +116,20 @@ class Args:
     full_action_space: bool = False  # Atari: all 18 actions (official Atari 200M)
     pixels: bool = False  # learn from the rendered image instead of the environment's own observation
 
-    buffer_size: int = 5_000_000  # replay rows over all environments (official); at most total_timesteps are allocated
+    buffer_size: int = 5_000_000  # replay rows over all environments (official); at most total_timesteps, also resumed
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU if it fits in half its free memory, else files
     learning_starts: int = 0  # policy steps before the first update; 0: B*T + T*num_envs (official)
     batch_size: int = 16  # sequences per update, B (official)
     batch_length: int = 64  # steps per sequence, T, plus one of context (official)
     train_ratio: float = 256.0  # replayed steps per policy step (official; 200M: 32, proprio: 1024; paper: 128)
 
-    size: Literal[("auto", *SIZES)] = "auto"  # official names (default size200m); auto: size12m on a GPU, else size1m
+    size: Literal[("auto", *SIZES)] = "auto"  # official default: size200m; auto: size12m on a GPU, else size1m
     free_nats: float = 1.0  # KL below which neither prior nor posterior is trained, in nats per step (official)
     beta_dyn: float = 1.0  # weight of the prior's KL (official; 0.5 in 2023)
     beta_rep: float = 0.1  # weight of the posterior's KL (official)
     unimix: float = 0.01  # uniform share of the latent distributions (official)
     imag_horizon: int = 15  # imagined steps, H (official)
-    gamma: float = 1 - 1 / 333  # discount, part of the continue target (official)
+    gamma: float = 1 - 1 / 333  # discount: in the continue target and the critic's replay loss (official)
     lam: float = 0.95  # lambda of the returns (official)
     ent_coef: float = 3e-4  # entropy bonus (official)
     actor_unimix: float = 0.01  # uniform share of the discrete policy (paper; 0 in today's official code)
@@ -347,7 +347,7 @@ class GymEnvs:
     Actions: Discrete, or Box: clipped to [-1, 1], then mapped to the bounds where they are finite.
     `pixels`: learn from the rendered image instead; None: do so unless the observation is one image."""
 
-    life_loss = False
+    life_loss = False  # AtariEnvs only: a lost life is terminal, the game goes on
 
     def __init__(self, env_id: str, num_envs: int, seed: int, size: int, action_repeat: int, pixels: bool | None):
         control = env_id.startswith("dm_control/")
@@ -407,6 +407,7 @@ class GymEnvs:
             low, high = np.where(finite, self.act.low, -1), np.where(finite, self.act.high, 1)
             native = (low + (unit + 1) / 2 * (high - low)).clip(self.act.low, self.act.high).astype(self.act.dtype)
         obs, reward, terminated, truncated, info = self.envs.step(native)
+        # over: the next step resets
         first, self.over = self.over, truncated | (terminated & (info["lives"] == 0) if self.life_loss else terminated)
         return self._row(obs, reward, terminated, first)
 
@@ -491,6 +492,8 @@ class Storage:
         path = self.folder / f"{name}.npy"
         new = not path.exists()
         try:
+            if not new:
+                np.lib.format.open_memmap(path, "r")  # trap: r+ would fill up a truncated file, this refuses it
             array = np.lib.format.open_memmap(path, "w+" if new else "r+", dtype, shape)
         except ValueError as error:
             fail(f"{path} is damaged ({error})")
@@ -730,7 +733,7 @@ class UpConv(Conv):  # D5
     """Nearest upsampling x2, then the 5x5 convolution; (N,Y,X,in) -> (N,2Y,2X,out).
 
     Computed as one transposed convolution, whose 6x6 kernel is the 5x5 one summed over the 2x2 pixels that share an
-    input: 9 instead of 25 products. Plain: `super().forward(x.repeat_interleave(2, 1).repeat_interleave(2, 2))`."""
+    input, 9 instead of 25 products. Plain: `super().forward(x.repeat_interleave(2, 1).repeat_interleave(2, 2))`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kernel = 4 * F.avg_pool2d(self.weight.flip(2, 3), 2, stride=1, padding=1).transpose(0, 1)
@@ -816,7 +819,7 @@ def affine(x: torch.Tensor, weight: torch.Tensor, row: torch.Tensor, tape: list 
 
 class ScanGradient(torch.autograd.Function):
     """Identity on the rows (T,[G],B,out) of the T steps of a scan. Its backward runs after those of all steps and makes
-    the gradient of their common weight in one product with the inputs on the tape, not T small ones that are added."""
+    the gradient of their common weight in one product with the inputs on the tape (x_1 first), not T small ones."""
 
     @staticmethod
     def forward(ctx, rows, weight, tape):
@@ -850,14 +853,15 @@ class RSSM(nn.Module):  # D5
         self.compiled = False
 
     def scan_weights(self, dtype: torch.dtype) -> dict:
-        """(weight, bias) of each product in a step, in computation precision, packed once per scan."""
+        """name -> (weight, bias) of each product in a step, in computation precision, packed once per scan. The second
+        of `dense` is no bias but the action's weight: `action_row` makes with it what takes the place of a bias."""
         part, hidden, blocks = self.deter // self.blocks, self.in_deter.out_features, (self.blocks, 1, -1)  # D5
         dense = self.hid.weight[:, part:].transpose(0, 1).flatten(1)  # rows [x_h, x_z, x_a], columns in block order
         pairs = dict(
             in_deter=(self.in_deter.weight.T, self.in_deter.bias[None]),
             in_stoch=(self.in_stoch.weight.T, self.in_stoch.bias[None]),
             own=(self.hid.weight[:, :part], self.hid.bias.view(blocks)),
-            dense=(dense[: 2 * hidden], dense[2 * hidden :]),  # no bias: the part of the action, for `action_row`
+            dense=(dense[: 2 * hidden], dense[2 * hidden :]),
             gru=(self.gru.weight, self.gru.bias.view(blocks)),
             post=(self.post_hid.weight[:, : self.deter].T, self.post_hid.bias[None]),
             post_out=(self.post_out.weight.T, self.post_out.bias[None]))
@@ -868,7 +872,7 @@ class RSSM(nn.Module):  # D5
         return self.in_action(action / action.detach().abs().clamp(min=1)) @ weights["dense"][1]
 
     def core(self, weights: dict, deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
-        """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K) -> (B,D); a enters by the row of `dense`."""  # D5
+        """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K) -> (B,D); a is in the `action_row` of `dense`."""  # D5
         x_h = self.in_deter_norm(affine(deter, *weights["in_deter"]))
         x_z = self.in_stoch_norm(affine(stoch, *weights["in_stoch"]))
         blocks = deter.unflatten(-1, (self.blocks, -1))
@@ -880,7 +884,7 @@ class RSSM(nn.Module):  # D5
         return torch.lerp(blocks, cand, (update - 1).sigmoid()).flatten(1)  # u * cand + (1 - u) * h
 
     def observe_step(self, weights: dict, deter, stoch, noise) -> tuple:
-        """One posterior step: (B,D), (B,S*K), noise (B,S,K) -> h', z', logits (B,S,K); tokens enter by a row."""
+        """One posterior step: (B,D), (B,S*K), noise (B,S,K) -> h', z', logits (B,S,K); `post` adds the tokens."""
         deter = self.core(weights, deter, stoch)
         x = self.post_norm(affine(deter, *weights["post"]))
         logits = affine(x, *weights["post_out"]).unflatten(-1, (self.stoch, self.classes))
@@ -899,7 +903,7 @@ class RSSM(nn.Module):  # D5
         for name, (weight, bias) in weights.items():
             row = rows[name] if name in rows else bias.expand(len(tokens), *bias.shape[:-2], keep.shape[1], -1)
             tape = None
-            if defer and torch.is_grad_enabled() and not self.compiled:  # plain form: without these two lines
+            if defer and torch.is_grad_enabled() and not self.compiled:  # plain form: never
                 tape = []
                 row, weight = ScanGradient.apply(row, weight, tape), weight.detach()
             # unbind: the backward pass of row[t] would write a full-size gradient for every t
@@ -968,13 +972,13 @@ class ReturnNorm(nn.Module):  # D7
     def __init__(self, rate: float = 0.01, limit: float = 1.0):
         super().__init__()
         self.rate, self.limit = rate, limit
-        self.register_buffer("range", torch.zeros(2))
+        self.register_buffer("percentiles", torch.zeros(2))
         self.register_buffer("levels", torch.tensor([0.05, 0.95]), persistent=False)
 
     def forward(self, ret: torch.Tensor) -> torch.Tensor:
         """Update with all returns of the batch (any shape), over all ranks; -> the divisor ()."""
-        self.range.lerp_(torch.quantile(gather_ranks(ret.flatten()), self.levels), self.rate)
-        return (self.range[1] - self.range[0]).clamp(min=self.limit)
+        self.percentiles.lerp_(torch.quantile(gather_ranks(ret.flatten()), self.levels), self.rate)
+        return (self.percentiles[1] - self.percentiles[0]).clamp(min=self.limit)
 
 
 class Behaviour(nn.Module):
@@ -1015,6 +1019,7 @@ class Behaviour(nn.Module):
 
     def value_loss(self, logits: torch.Tensor, ret: torch.Tensor, slow_value: torch.Tensor) -> torch.Tensor:  # D8
         """Two-hot regression on the return, and on the slow critic's mean as regulariser; targets carry no gradient."""
+        logits = at_least_float32(logits)
         return twohot_loss(logits, ret.detach(), self.bins) + twohot_loss(logits, slow_value.detach(), self.bins)
 
     def imagination_losses(self, policy, action, value_logits, slow_value, reward, cont) -> tuple:
@@ -1298,7 +1303,7 @@ def play(agent, args, device: torch.device) -> None:
     if any(key.startswith(ACTING) for key in missing):
         fail(f"the policy in {path} is not complete")
     with SummaryWriter(str(run)) as writer:
-        log_results(*evaluate(agent, args, device, saved["step"]), "eval/episode", writer, saved["step"])
+        log_results(*evaluate(agent, args, device, saved["step"]), "eval_only/episode", writer, saved["step"])
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
@@ -1568,7 +1573,7 @@ def main(args: Args) -> None:
     wanted = min(args.buffer_size, max(args.total_timesteps, length * args.num_envs))  # D9
     rows = saved["capacity"] if saved else -(-wanted // args.num_envs)
     if rows < length:  # D12
-        fail(f"--batch-length {args.batch_length} needs {length} rows per environment, --buffer-size gave {rows}")
+        fail(f"--batch-length {args.batch_length} needs {length} rows per environment, replay has {rows}")
     specs = replay_specs(envs.shapes, agent, args)
     place = replay_device(specs, rows * num_envs, args, device)
     run, writer = start_run(args, saved and saved["step"]) if rank == 0 else ("", None)
@@ -1653,16 +1658,19 @@ def main(args: Args) -> None:
             scalars = {"charts/SPS": steps / max(seconds, 1e-9), "charts/UPS": count / max(seconds, 1e-9),
                        "charts/frames": step * args.action_repeat, **check_finite(metrics, step, run)}
             log_results(scalars, [], "", writer, step)
-        last = step >= args.total_timesteps
-        if reached(args.save_every) or stopping or last:
+        if reached(args.save_every) and step < args.total_timesteps or stopping:
             save()
         if stopping:
             if rank == 0:
                 tqdm.write(f"saved at step {step}; continue with --resume {run}")
             break
-        if rank == 0:
-            look(reached(args.eval_every) or last, reached(args.video_every) or last)
+        if rank == 0 and step < args.total_timesteps:
+            look(reached(args.eval_every), reached(args.video_every))
         row = envs.step(action)
+    else:
+        save()
+        if rank == 0:
+            look(evaluation=True, video=True)
     bar.close()
     if rank == 0 and not updates:
         print("no update was made: replay never held enough rows, or no episode that is long enough for --batch-length")

@@ -292,7 +292,7 @@ class GymEnvs:
     Actions: Discrete, or Box: clipped to [-1, 1], then mapped to the bounds where they are finite.
     `pixels`: learn from the rendered image instead; None: do so unless the observation is one image."""
 
-    life_loss = False
+    life_loss = False  # AtariEnvs only: a lost life is terminal, the game goes on
 
     def __init__(self, env_id: str, num_envs: int, seed: int, size: int, action_repeat: int, pixels: bool | None):
         control = env_id.startswith("dm_control/")
@@ -352,6 +352,7 @@ class GymEnvs:
             low, high = np.where(finite, self.act.low, -1), np.where(finite, self.act.high, 1)
             native = (low + (unit + 1) / 2 * (high - low)).clip(self.act.low, self.act.high).astype(self.act.dtype)
         obs, reward, terminated, truncated, info = self.envs.step(native)
+        # over: the next step resets
         first, self.over = self.over, truncated | (terminated & (info["lives"] == 0) if self.life_loss else terminated)
         return self._row(obs, reward, terminated, first)
 
@@ -441,6 +442,8 @@ class Storage:
         path = self.folder / f"{name}.npy"
         new = not path.exists()
         try:
+            if not new:
+                np.lib.format.open_memmap(path, "r")  # trap: r+ would fill up a truncated file, this refuses it
             array = np.lib.format.open_memmap(path, "w+" if new else "r+", dtype, shape)
         except ValueError as error:
             fail(f"{path} is damaged ({error})")
@@ -1317,7 +1320,7 @@ def play(agent, args, device: torch.device) -> None:
     if any(key.startswith(ACTING) for key in missing):
         fail(f"the policy in {path} is not complete")
     with SummaryWriter(str(run)) as writer:
-        log_results(*evaluate(agent, args, device, saved["step"]), "eval/episode", writer, saved["step"])
+        log_results(*evaluate(agent, args, device, saved["step"]), "eval_only/episode", writer, saved["step"])
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:

@@ -232,6 +232,7 @@ DAMAGE = {  # what happens to the run, what the line must name
     "no replay": (lambda run: shutil.rmtree(run / "replay0"), "replay"),
     "a part of the replay": (lambda run: (run / "replay0" / "reward.npy").unlink(), "reward.npy"),
     "an empty file in the replay": (lambda run: cut(run / "replay0" / "reward.npy", 0), "reward.npy"),
+    "a cut file in the replay": (lambda run: cut(run / "replay0" / "reward.npy", 150), "reward.npy"),
     "replay of two processes": (other_processes, "replay"),
 }
 

@@ -131,7 +131,7 @@ def gradients_v3(script, agent=None) -> dict[str, torch.Tensor]:
     """And the statistics of returns, which are those of the joint batch too."""
     agent = agent or joint_loss(script)
     found = {k: p.grad.clone() for k, p in agent.named_parameters() if p.requires_grad}
-    return found | dict(range=agent.behaviour.return_norm.range.clone())
+    return found | dict(percentiles=agent.behaviour.return_norm.percentiles.clone())
 
 
 def work_v3(script, rank: int) -> dict:

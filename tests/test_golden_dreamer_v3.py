@@ -320,13 +320,13 @@ def test_continue(monkeypatch):
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_return_norm(dtype):
     norm, memoryless = v3.ReturnNorm().to(dtype), v3.ReturnNorm(rate=1.0).to(dtype)
-    steps = [(norm(x), *norm.range.clone()) for x in given("retnorm_x", dtype)]
+    steps = [(norm(x), *norm.percentiles.clone()) for x in given("retnorm_x", dtype)]
     scale, low, high = map(torch.stack, zip(*steps))
     close(scale, "retnorm_scale")
     close(low, "retnorm_lo")
     close(low, "retnorm_offset")
     close(high, "retnorm_hi")
-    steps = [(memoryless(x), *memoryless.range.clone())[1:] for x in given("retnorm_x", dtype)]
+    steps = [(memoryless(x), *memoryless.percentiles.clone())[1:] for x in given("retnorm_x", dtype)]
     close(torch.tensor(steps), "retnorm_batch_perc")
 
 
@@ -334,15 +334,15 @@ def imagination(behaviour, policy, action):
     """Our losses on the official inputs, and the value logits; compares what does not depend on the policy."""
     value = time_first("il_value_logits").requires_grad_()
     slow = v3.twohot_mean(time_first("il_slow_logits"), behaviour.bins)
-    behaviour.return_norm.range.copy_(torch.stack([given("il_retnorm_lo0"), given("il_retnorm_hi0")]))
+    behaviour.return_norm.percentiles.copy_(torch.stack([given("il_retnorm_lo0"), given("il_retnorm_hi0")]))
     losses, ret, metrics = behaviour.imagination_losses(
         policy, action, value, slow, time_first("il_rew"), time_first("il_con"))
     close(v3.twohot_mean(value, behaviour.bins).T, "il_val")
     close(slow.T, "il_slowval")
     close(ret.T, "il_ret")
     close(losses["value"].T, "il_value_loss")
-    close(behaviour.return_norm.range[0], "il_retnorm_lo1")
-    close(behaviour.return_norm.range[1], "il_retnorm_hi1")
+    close(behaviour.return_norm.percentiles[0], "il_retnorm_lo1")
+    close(behaviour.return_norm.percentiles[1], "il_retnorm_hi1")
     close(((ret - v3.twohot_mean(value, behaviour.bins)[:-1]) / metrics["ac/return_scale"]).mean(), "il_adv_mean")
     return losses, value
 

@@ -148,7 +148,7 @@ def test_dream_leaves_the_world_model_alone(m):
     before = {k: v.clone() for k, v in agent.state_dict().items()}
     all_losses(agent, batch)
     changed = {k for k, v in agent.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {"behaviour.return_norm.range"}
+    assert changed == {"behaviour.return_norm.percentiles"}
     noise, rssm = agent.noise(1, torch.device("cpu")), agent.world.rssm
     deter, stoch = torch.randn(6, rssm.deter, requires_grad=True), torch.randn(6, rssm.stoch * rssm.classes)
     feat, action = agent.behaviour.imagine(rssm, deter, stoch, noise["action"], noise["prior"])

@@ -135,7 +135,7 @@ def test_return_scale_starts_small_and_takes_all_returns_together(v3):
     norm = v3.ReturnNorm()
     ramp = torch.linspace(-0.05, 1.05, 1101).reshape(3, 367)  # 5 % of it below 0.005, 95 % below 0.995
     assert norm(2.9 / 0.99 * ramp) == 1
-    assert norm.range[0].item() == pytest.approx(0.01 * 2.9 / 0.99 * 0.005, rel=1e-3)
+    assert norm.percentiles[0].item() == pytest.approx(0.01 * 2.9 / 0.99 * 0.005, rel=1e-3)
     assert norm(320 / 0.99 * ramp).item() == pytest.approx(0.01 * (0.99 * 2.9 + 320), rel=1e-4)
 
 

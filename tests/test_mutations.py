@@ -616,8 +616,8 @@ MUTATIONS = dict(iris=[
     ("a time limit is a death", "target = (1 - obs[\"is_terminal\"]", "target = (1 - obs[\"is_last\"]", CONTINUE),
     # behaviour
     ("scale divided by a batch's own range", "self.levels), self.rate)", "self.levels), 1.0)", SCALE),
-    ("scale with bias correction", "(self.range[1] - self.range[0]).clamp",
-     "((self.range[1] - self.range[0]) / self.rate).clamp", SCALE),
+    ("scale with bias correction", "(self.percentiles[1] - self.percentiles[0]).clamp",
+     "((self.percentiles[1] - self.percentiles[0]) / self.rate).clamp", SCALE),
     ("old and new exchanged in the average", "self.levels), self.rate)", "self.levels), 1 - self.rate)",
      SCALE),
     ("percentiles per time step", "torch.quantile(gather_ranks(ret.flatten()), self.levels)",
