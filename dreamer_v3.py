@@ -309,7 +309,7 @@ class BoundedNormal(torch.distributions.Independent):  # D10
         super().__init__(normal, 1, validate_args=False)
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        return (self.mean + self.stddev * noise).detach()
+        return (self.base_dist.mean + self.base_dist.stddev * noise).detach()
 
 
 # ======== 4. environment ========
@@ -1303,7 +1303,7 @@ def play(agent, args, device: torch.device) -> None:
     if any(key.startswith(ACTING) for key in missing):
         fail(f"the policy in {path} is not complete")
     with SummaryWriter(str(run)) as writer:
-        log_results(*evaluate(agent, args, device, saved["step"]), "eval_only/episode", writer, saved["step"])
+        log_results(*evaluate(agent, args, device, saved["step"]), "play/episode", writer, saved["step"])
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:

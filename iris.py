@@ -1320,7 +1320,7 @@ def play(agent, args, device: torch.device) -> None:
     if any(key.startswith(ACTING) for key in missing):
         fail(f"the policy in {path} is not complete")
     with SummaryWriter(str(run)) as writer:
-        log_results(*evaluate(agent, args, device, saved["step"]), "eval_only/episode", writer, saved["step"])
+        log_results(*evaluate(agent, args, device, saved["step"]), "play/episode", writer, saved["step"])
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
