@@ -732,12 +732,14 @@ class Conv(nn.Conv2d):  # D5
 class UpConv(Conv):  # D5
     """Nearest upsampling x2, then the 5x5 convolution; (N,Y,X,in) -> (N,2Y,2X,out).
 
-    Computed as one transposed convolution, whose 6x6 kernel is the 5x5 one summed over the 2x2 pixels that share an
-    input, 9 instead of 25 products. Plain: `super().forward(x.repeat_interleave(2, 1).repeat_interleave(2, 2))`."""
+    Computed at low resolution: summed over the 2x2 pixels that share an input, the kernel is 6x6, and each of the four
+    output phases sees 3x3 of it. Plain form: `super().forward(x.repeat_interleave(2, 1).repeat_interleave(2, 2))`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kernel = 4 * F.avg_pool2d(self.weight.flip(2, 3), 2, stride=1, padding=1).transpose(0, 1)
-        return F.conv_transpose2d(x.permute(0, 3, 1, 2), kernel, self.bias, stride=2, padding=2).permute(0, 2, 3, 1)
+        kernel = 4 * F.avg_pool2d(self.weight, 2, stride=1, padding=1)  # (out,in,6,6)
+        phases = torch.stack([kernel[:, :, a::2, b::2] for a in (1, 0) for b in (1, 0)], 1).flatten(0, 1)
+        y = F.conv2d(x.permute(0, 3, 1, 2), phases, self.bias.repeat_interleave(4), padding=1)
+        return F.pixel_shuffle(y, 2).permute(0, 2, 3, 1)
 
 
 class Encoder(nn.Module):
@@ -1573,7 +1575,7 @@ def main(args: Args) -> None:
     wanted = min(args.buffer_size, max(args.total_timesteps, length * args.num_envs))  # D9
     rows = saved["capacity"] if saved else -(-wanted // args.num_envs)
     if rows < length:  # D12
-        fail(f"--batch-length {args.batch_length} needs {length} rows per environment, replay has {rows}")
+        fail(f"--batch-length {args.batch_length} needs {length} rows per environment, replay has {rows} (--buffer-size)")
     specs = replay_specs(envs.shapes, agent, args)
     place = replay_device(specs, rows * num_envs, args, device)
     run, writer = start_run(args, saved and saved["step"]) if rank == 0 else ("", None)

@@ -167,7 +167,7 @@ def test_evaluation_only(name, tmp_path, capsys):
         script.main(script.parse_args(argv))
         assert f"{2 + number} episodes" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.glob("*.pt")} == before
-    assert list(run.glob("videos/eval*.gif"))
+    assert list(run.glob("videos/play*.gif"))
     assert [step for step, _ in tiny.events(run)[0]["eval/episodic_return"]] == 2 * [
         short(name)["total_timesteps"]], "the step of the checkpoint"
 

@@ -468,7 +468,7 @@ MUTATIONS = dict(iris=[
     ("vectors are not rendered", "pixels=None)", "pixels=False)", RENDERED),
     ("images are rendered too", "pixels=None)", "pixels=True)",
      "test_env:test_image_observations_are_taken_as_they_are"),
-    ("truncation is a death", "is_last=over, is_terminal=terminated)", "is_last=over, is_terminal=over)", ROWS),
+    ("truncation is a death", "terminated, is_terminal=terminated)", "terminated, is_terminal=self.over)", ROWS),
     # loop
     ("rows keep the action chosen on them", "replay.add(arrived)", 'replay.add(dict(row, action=state["action"]))',
      ROWS),
@@ -592,7 +592,7 @@ MUTATIONS = dict(iris=[
     ("average instead of max", "F.max_pool2d", "F.avg_pool2d", ENCODER),
     ("mean over pixels", "- target).square().flatten(2).sum(-1)", "- target).square().flatten(2).mean(-1)",
      "test_golden_dreamer_v3:test_decoder"),
-    ("upsampling kernel mirrored", "self.weight.flip(2, 3)", "self.weight", "test_math:test_upsampling_in_the_kernel"),
+    ("upsampling phases exchanged", "for a in (1, 0)", "for a in (0, 1)", "test_math:test_upsampling_in_the_kernel"),
     ("a dense layer of many rows without bias", "weight[..., None, None], bias)", "weight[..., None, None])",
      "test_math:test_dense_layer_of_many_rows",
      dict(rows=512, slow_mkl=True, by_convolution=True, bias=torch.ones(5, dtype=torch.float64))),
@@ -671,7 +671,7 @@ MUTATIONS = dict(iris=[
     ("a value is read on the host", '"grad/norm": grad_norm.norm()',
      '"grad/norm": grad_norm.norm() + 0 * grad_norm.norm().item()', "test_dispatch:test_no_host_reads"),
     # environment and loop
-    ("truncation is a death", "is_last=over, is_terminal=terminated)", "is_last=over, is_terminal=over)", ROWS),
+    ("truncation is a death", "terminated, is_terminal=terminated)", "terminated, is_terminal=self.over)", ROWS),
     ("an action after the end", 'state["action"] *= torch', 'state["action"] *= 1 | torch', ROWS),
     ("resetting rows are steps", 'int((~row["is_first"]).sum())', "num_envs", "test_index:test_steps_are_decisions"),
 ])
