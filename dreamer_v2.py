@@ -1498,7 +1498,7 @@ def main(args: Args) -> None:
     wanted = min(args.buffer_size, max(total, (length + 1) * args.num_envs))
     rows = saved["capacity"] if saved else -(-wanted // args.num_envs)
     if rows <= length:
-        fail(f"--batch-length {length} needs {length + 1} rows per environment, replay has {rows} (--buffer-size)")
+        fail(f"--batch-length {length} needs {length + 1} rows per environment, has {rows} (--buffer-size)")
     specs = replay_specs(envs.shapes, agent, args)
     place = replay_device(specs, rows * num_envs, args, device)
     run, writer = start_run(args, saved and saved["step"]) if rank == 0 else ("", None)

@@ -1575,7 +1575,7 @@ def main(args: Args) -> None:
     wanted = min(args.buffer_size, max(args.total_timesteps, length * args.num_envs))  # D9
     rows = saved["capacity"] if saved else -(-wanted // args.num_envs)
     if rows < length:  # D12
-        fail(f"--batch-length {args.batch_length} needs {length} rows per environment, replay has {rows} (--buffer-size)")
+        fail(f"--batch-length {args.batch_length} needs {length} rows per environment, has {rows} (--buffer-size)")
     specs = replay_specs(envs.shapes, agent, args)
     place = replay_device(specs, rows * num_envs, args, device)
     run, writer = start_run(args, saved and saved["step"]) if rank == 0 else ("", None)
