@@ -53,7 +53,6 @@ SPDX-License-Identifier: MIT
 from __future__ import annotations
 
 import ctypes
-import errno
 import io
 import json
 import math
@@ -64,7 +63,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
@@ -105,7 +104,7 @@ class Args:
     eval_every: int = 0  # policy steps between evaluations; 0: one at the end
     eval_episodes: int = 10  # episodes per evaluation
     eval_only: bool = False  # evaluate --checkpoint and stop
-    checkpoint: str = ""  # policy.pt or run directory for --eval-only
+    checkpoint: str = ""  # run directory or checkpoint file for --eval-only
     video_every: int = 50_000  # policy steps between open-loop videos; 0: one at the end
     log_every: int = 1_000  # policy steps between metric logs
 
@@ -147,7 +146,7 @@ PRESETS = dict(
 )
 
 
-# ==== shared: seeding and device ====
+# ==== shared: device ====
 def fail(message: str):
     """For everything the user can mend: one clear line on stderr, exit status 2, no traceback."""
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own beside a progress bar
@@ -159,20 +158,18 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("cpu, cuda and mps are supported")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local_rank)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} is not usable here ({str(error).splitlines()[0]}); try --device auto")
-    if device.type == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc: keep freed memory (no mmap, no trim); page faults on what was given back cost 8 % of an update
-        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
+    elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc: keep freed memory (no mmap, no trim); page faults on what was given back cost 8 % of an update
+        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     return device
 
 
@@ -314,10 +311,12 @@ class BoundedNormal(torch.distributions.Independent):  # D10
 
 # ======== 4. environment ========
 
-# ==== shared: image resize ====
-def resize_bilinear(frames: np.ndarray, size: int) -> np.ndarray:
+# ==== shared: environment ====
+def resize(images: np.ndarray, size: int) -> np.ndarray:
     """(N,Y,X,C) uint8 -> (N,size,size,C), antialiased: Pillow's BILINEAR (official: V1, V3, IRIS) to one gray level."""
-    x = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    if images.shape[1:3] == (size, size):
+        return images
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
 
 
@@ -334,63 +333,64 @@ def resize_area(frames: np.ndarray, size: int) -> np.ndarray:
         return frames
     rows, cols = area_weights(frames.shape[1], size), area_weights(frames.shape[2], size)
     return np.rint(np.einsum("yh,nhwc,xw->nyxc", rows, frames, cols, optimize=True)).astype(np.uint8)
-# ==== end shared ====
 
 
-# ==== shared: generic environment ====
-class GymEnvs:
-    """`num_envs` copies of any Gymnasium environment; a row of arrays (N,...) per step. Edit here for anything unusual.
+class Envs:
+    """`num_envs` copies of an environment; a row of arrays (N,...) per step. Edit here for anything unusual.
 
-    NEXT_STEP: the step after an episode's end ignores its action and returns the next episode's first observation, so
+    The step after an episode's end ignores its action and returns the next episode's first observation (NEXT_STEP), so
     is_first_{t+1} = is_last_t. A time limit is an end, but not terminal. Rewards are raw.
-    Observations: uint8 (Y,X,C) images, other Boxes as float32 vectors, Dicts of both (images are stacked by channel).
+    Observations: uint8 images, resized and stacked by channel, are `image`; other Boxes, joined, are `vector`.
     Actions: Discrete, or Box: clipped to [-1, 1], then mapped to the bounds where they are finite.
-    `pixels`: learn from the rendered image instead; None: do so unless the observation is one image."""
+    ALE/ ids are ale-py's own vector environment, options in `atari`; with life_loss_info a lost life is terminal, but
+    the game goes on. Other ids run one after the other in this process; `pixels`: seen by their rendered image, if it
+    is None those that do not show one image."""
 
-    life_loss = False  # AtariEnvs only: a lost life is terminal, the game goes on
-
-    def __init__(self, env_id: str, num_envs: int, seed: int, size: int, action_repeat: int, pixels: bool | None):
-        control = env_id.startswith("dm_control/")
-        if control:
-            try:
-                import shimmy  # noqa: F401  registers the ids
-            except ImportError:
-                fail(f'{env_id} needs another package: pip install "shimmy[dm-control]" "mujoco<4"')
-        if pixels is None:
-            with gymnasium.make(env_id) as probe:
-                pixels = len(getattr(probe.observation_space, "shape", None) or ()) != 3
-        render = dict(render_mode="rgb_array") if pixels else {}
-        if control and pixels:  # as the official code: small images, the camera that follows
-            camera = 2 if "quadruped" in env_id else 0
-            render["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
-        wrappers = [lambda env: gymnasium.wrappers.RepeatAction(env, action_repeat)]
-        wrappers += [gymnasium.wrappers.AddRenderObservation] if pixels else []
+    def __init__(self, args, num_envs: int, seed: int, size: int, gray=False, pixels: bool | None = None, **atari):
+        self.num_envs, self.seed, self.size, self.atari = num_envs, seed, size, args.env_id.startswith("ALE/")
+        self.gray, self.life_loss = gray and self.atari, atari.get("life_loss_info", False) and self.atari
+        next_step = gymnasium.vector.AutoresetMode.NEXT_STEP
         try:
-            self.envs = gymnasium.make_vec(
-                env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=wrappers, **render,
-                vector_kwargs=dict(autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP))
-        except TypeError as error:
-            fail(f"{env_id} cannot be made{' with images' * bool(pixels)} ({error}); dreamer_v3.py learns from vectors")
-        self.num_envs, self.seed, self.size, self.act = num_envs, seed, size, self.envs.single_action_space
-        space = self.envs.single_observation_space
+            if self.atari:
+                options = dict(
+                    img_height=210, img_width=160, grayscale=False, stack_num=1, frameskip=args.action_repeat,
+                    maxpool=True, noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                    repeat_action_probability=args.sticky_actions, max_num_frames_per_episode=108_000,
+                    autoreset_mode=next_step) | atari
+            else:
+                if pixels is None:
+                    with gymnasium.make(args.env_id) as probe:
+                        pixels = len(getattr(probe.observation_space, "shape", None) or ()) != 3
+                wrappers = [lambda env: gymnasium.wrappers.RepeatAction(env, args.action_repeat)]
+                wrappers += [gymnasium.wrappers.AddRenderObservation] if pixels else []
+                options = dict(vectorization_mode="sync", wrappers=wrappers,
+                               vector_kwargs=dict(autoreset_mode=next_step))
+                options |= dict(render_mode="rgb_array") if pixels else {}
+                if pixels and "dm_control/" in args.env_id:  # official: small images, the camera that follows
+                    camera = 2 if "quadruped" in args.env_id else 0
+                    options["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
+            self.envs = gymnasium.make_vec(args.env_id, num_envs, **options)
+        except (gymnasium.error.Error, ImportError, AssertionError, TypeError, ValueError) as error:
+            fail(f"--env-id {args.env_id}: {(str(error) or repr(error)).splitlines()[0]}")  # such as: did you mean ...
+        space, self.act = self.envs.single_observation_space, self.envs.single_action_space
+        if self.atari:  # as `_row` returns it
+            space = gymnasium.spaces.Box(0, 255, (size, size, 1 if options["grayscale"] else 3), np.uint8)
         spaces = dict(space) if isinstance(space, gymnasium.spaces.Dict) else {"obs": space}
-        reserved = "action reward cont is_first is_last is_terminal deter stoch dyn rep policy value repval".split()
-        for key, entry in spaces.items():
-            image, box = len(entry.shape or ()) == 3, isinstance(entry, gymnasium.spaces.Box)
-            if not box or image != (entry.dtype == np.uint8) or image and entry.shape[0] < 5:
-                fail(f"{env_id}: observation {key!r} is {entry}; supported are uint8 (Y,X,C) images, Box vectors and "
-                     "Dicts of them (gymnasium.wrappers.FlattenObservation may help, or edit GymEnvs in section 4)")
-            if key in reserved or not key.isidentifier() or hasattr(nn.ModuleDict, key) or key == "image" and not image:
-                fail(f"{env_id}: observation {key!r} needs another name, this one has a meaning in the script")
-        self.images = sorted(k for k, s in spaces.items() if len(s.shape) == 3)
-        self.vectors = sorted(k for k in spaces if k not in self.images)
-        self.shapes = {k: (math.prod(spaces[k].shape),) for k in self.vectors}
-        if self.images:
-            self.shapes["image"] = (size, size, sum(spaces[k].shape[-1] for k in self.images))
+        dims = {k: len(s.shape) if isinstance(s, gymnasium.spaces.Box) else 9 for k, s in spaces.items()}
+        self.images = sorted(k for k, s in spaces.items() if dims[k] == 3 and s.dtype == np.uint8 and s.shape[0] > 4)
+        self.vectors = sorted(spaces.keys() - self.images)
+        for key in self.vectors:
+            if dims[key] > 2 or dims[key] == 2 and spaces[key].dtype == np.uint8:
+                fail(f"{args.env_id}: observation {spaces[key]} is not supported; uint8 (Y,X,C) images, Box vectors "
+                     "and Dicts of them are (gymnasium.wrappers.FlattenObservation may help, or edit Envs)")
+        if not isinstance(self.act, (gymnasium.spaces.Discrete, gymnasium.spaces.Box)):
+            fail(f"{args.env_id}: action space {self.act} is not supported; Discrete and Box are")
         self.discrete = isinstance(self.act, gymnasium.spaces.Discrete)
-        if not self.discrete and not isinstance(self.act, gymnasium.spaces.Box):
-            fail(f"{env_id}: action space {self.act} is not supported; Discrete and Box are")
         self.action_dim = int(self.act.n) if self.discrete else math.prod(self.act.shape)
+        channels = 1 if self.gray else sum(spaces[k].shape[-1] for k in self.images)
+        self.shapes = {"image": (size, size, channels)} if self.images else {}
+        if self.vectors:
+            self.shapes["vector"] = tuple(math.prod(spaces[k].shape) for k in self.vectors)  # the length of each part
 
     def reset(self) -> dict[str, np.ndarray]:
         obs, _ = self.envs.reset(seed=self.seed)
@@ -412,55 +412,28 @@ class GymEnvs:
         return self._row(obs, reward, terminated, first)
 
     def _row(self, obs, reward, terminated, first):
-        obs = obs if isinstance(obs, dict) else {"obs": obs}
-        row = {k: np.asarray(obs[k], np.float32).reshape(self.num_envs, -1) for k in self.vectors}
+        if self.atari:
+            obs = obs[:, 0] if obs.ndim == 5 else obs[:, 0, ..., None]
+        obs, row = obs if isinstance(obs, dict) else {"obs": obs}, {}
         if self.images:
-            row["image"] = np.concatenate([resize_area(obs[k], self.size) for k in self.images], -1)
+            to_size = resize if self.atari else resize_area
+            image = np.concatenate([to_size(obs[k], self.size) for k in self.images], -1)
+            if self.gray:  # after max and resize, truncated to uint8 as `embodied.envs.atari` does
+                image = (image * np.array([0.299, 0.587, 1 - (0.299 + 0.587)])).sum(-1, keepdims=True).astype(np.uint8)
+            row["image"] = image
+        if self.vectors:
+            parts = [np.reshape(obs[k], (self.num_envs, -1)) for k in self.vectors]
+            row["vector"] = np.concatenate(parts, -1, dtype=np.float32)
         return dict(row, reward=reward.astype(np.float32), is_first=first,
                     is_last=self.over | terminated, is_terminal=terminated)
 # ==== end shared ====
 
 
-# ==== shared: atari environment ====
-class AtariEnvs(GymEnvs):
-    """`num_envs` games in ale-py's native vector environment.
-
-    `resize`: "bilinear" (from 210x160) or "area" (native). `life_loss`: a lost life sets is_terminal, the game goes on.
-    The last frame of a game often repeats the one before (emulator)."""
-
-    def __init__(self, env_id: str, num_envs: int, seed: int, size: int, resize: str, grayscale: bool,
-                 action_repeat: int, sticky_actions: float, full_action_space: bool, life_loss: bool = False):
-        self.native = resize == "area"
-        self.envs = gymnasium.make_vec(
-            env_id, num_envs=num_envs, img_height=size if self.native else 210, img_width=size if self.native else 160,
-            grayscale=grayscale and self.native, stack_num=1, frameskip=action_repeat, maxpool=True, noop_max=30,
-            use_fire_reset=False, reward_clipping=False, episodic_life=False, life_loss_info=life_loss,
-            repeat_action_probability=sticky_actions, full_action_space=full_action_space,
-            max_num_frames_per_episode=108_000, autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP)
-        self.num_envs, self.seed, self.size, self.grayscale, self.life_loss = num_envs, seed, size, grayscale, life_loss
-        self.act, self.discrete, self.images, self.vectors = self.envs.single_action_space, True, ["obs"], []
-        self.action_dim, self.shapes = int(self.act.n), {"image": (size, size, 1 if grayscale else 3)}
-
-    def _row(self, obs, reward, terminated, first):
-        image = obs[:, 0] if obs.ndim == 5 else obs[:, 0, ..., None]
-        if not self.native:
-            image = resize_bilinear(image, self.size)
-            if self.grayscale:  # after max and resize, truncated to uint8 as `embodied.envs.atari` does
-                image = (image * np.array([0.299, 0.587, 1 - (0.299 + 0.587)])).sum(-1, keepdims=True).astype(np.uint8)
-        return super()._row(image, reward, terminated, first)
-# ==== end shared ====
-
-
-def make_envs(args: Args, num_envs: int, seed: int) -> AtariEnvs | GymEnvs:
+def make_envs(args: Args, num_envs: int, seed: int) -> Envs:
     """The one place that knows which environment it is: anything with `reset`, `step`, `shapes`, `action_dim`,
-    `discrete` and `seed` as in GymEnvs will do. An unknown id or a missing package: one line, exit status 2."""
-    try:
-        if args.env_id.startswith("ALE/"):
-            return AtariEnvs(args.env_id, num_envs, seed, args.image_size, "bilinear", args.grayscale,  # D11
-                             args.action_repeat, args.sticky_actions, args.full_action_space)
-        return GymEnvs(args.env_id, num_envs, seed, args.image_size, args.action_repeat, args.pixels)
-    except (gymnasium.error.Error, ImportError, AssertionError) as error:
-        fail(f"--env-id {args.env_id}: {str(error).splitlines()[0]}")
+    `discrete` and `seed` as in Envs will do."""
+    return Envs(args, num_envs, seed, args.image_size, args.grayscale, args.pixels,  # D11
+                full_action_space=args.full_action_space)
 
 
 # ======== 5. replay ========
@@ -469,46 +442,37 @@ def make_envs(args: Args, num_envs: int, seed: int) -> AtariEnvs | GymEnvs:
 class Storage:
     """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...) by field name.
 
-    `specs`: name -> (shape, dtype). On a CPU the tensors are memory-mapped .npy files in `folder`: they take no RAM of
-    their own and survive a kill. On a GPU they are device tensors that `flush` copies to such files. Without a folder
-    they live in memory only. `rows` counts all rows ever added; the newest `size` of them are valid."""
+    `specs`: name -> (shape, dtype). Each field is a memory-mapped file in `folder`, made if `new`: it takes no RAM of
+    its own and survives a kill. On a GPU the fields live there, and `flush` copies new rows to the files.
+    `rows` counts all rows ever added; the newest `size` of them are valid."""
 
-    def __init__(self, specs: dict, capacity: int, num_envs: int, device: torch.device, folder: Path | None):
+    def __init__(self, specs: dict, capacity: int, num_envs: int, device: torch.device, folder: Path, new: bool = True):
         self.capacity, self.num_envs, self.device, self.folder = capacity, num_envs, device, folder
         self.rows = self.size = self.flushed = 0
-        self.files, self.data = {}, {}
-        for name, (shape, dtype) in specs.items():
-            full, stored = (capacity, num_envs, *shape), torch.int16 if dtype == torch.bfloat16 else dtype
-            if folder:
-                self.files[name] = self._map(name, full, torch.empty(0, dtype=stored).numpy().dtype)
-            mapped = folder and device.type == "cpu"
-            self.data[name] = (torch.from_numpy(self.files[name]).view(dtype) if mapped else
-                               torch.zeros(full, dtype=dtype, device=device))
-        # rows that the files may hold, written ahead of the data: after a kill it tells which old rows were overwritten
-        self.written = self._map("rows", (1,), np.dtype(np.int64)) if folder else np.zeros(1, np.int64)
-
-    def _map(self, name: str, shape: tuple, dtype: np.dtype) -> np.memmap:
-        """Memory-map a file, made with all its disk space if missing: a full disk is an OSError now, no crash later."""
-        path = self.folder / f"{name}.npy"
-        new = not path.exists()
-        try:
-            if not new:
-                np.lib.format.open_memmap(path, "r")  # trap: r+ would fill up a truncated file, this refuses it
-            array = np.lib.format.open_memmap(path, "w+" if new else "r+", dtype, shape)
-        except ValueError as error:
-            fail(f"{path} is damaged ({error})")
-        if new and hasattr(os, "posix_fallocate"):
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
-        if array.shape != shape:
-            fail(f"{path} holds {array.shape}, not {shape}: resume with as many processes as before")
-        return array
+        folder.mkdir(exist_ok=True)
+        self.data, self.files = {}, {}
+        # the row's number comes first: a row whose overwriting was cut off by a kill does not pass for the old one
+        for name, (shape, dtype) in dict(number=((), torch.int64), **specs).items():
+            path, count = folder / f"{name}.bin", capacity * num_envs * math.prod(shape)
+            if new:  # takes all its disk space: a full disk is an OSError now, not a crash later
+                with open(path, "wb") as file:
+                    allocate = getattr(os, "posix_fallocate", lambda number, _, size: os.truncate(number, size))
+                    try:
+                        allocate(file.fileno(), 0, count * dtype.itemsize)
+                    except OSError:
+                        shutil.rmtree(folder)  # half a replay would keep the disk full
+                        raise
+            if path.stat().st_size != count * dtype.itemsize:
+                fail(f"{path} is damaged, or of other --num-envs, --precision, sizes or number of processes")
+            file = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+            self.files[name] = file.view(capacity, num_envs, *shape)
+            self.data[name] = self.files[name].to(device)
 
     def add(self, row: dict) -> None:
         """Append one row: arrays or tensors (num_envs,...) for every field."""
-        self.written[0] = max(self.written[0], self.rows + 1)
+        row = dict(row, number=self.rows)
         for name, tensor in self.data.items():
-            tensor[self.rows % self.capacity].copy_(torch.as_tensor(row[name]))
+            tensor[self.rows % self.capacity] = torch.as_tensor(row[name])
         self.rows, self.size = self.rows + 1, min(self.size + 1, self.capacity)
 
     def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
@@ -524,13 +488,12 @@ class Storage:
 
     def flush(self) -> None:
         """Bring the files up to date, so that a checkpoint may count on all rows."""
-        if self.device.type != "cpu":
-            new = np.arange(max(self.flushed, self.rows - self.size), self.rows) % self.capacity
-            for name, array in self.files.items():
-                value = self.data[name][torch.from_numpy(new).to(self.device)].cpu()
-                array[new] = (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
-        for array in self.files.values():
-            array.flush()
+        new = torch.arange(max(self.flushed, self.rows - self.size), self.rows) % self.capacity
+        for name, file in self.files.items():
+            if self.device.type != "cpu":
+                file[new] = self.data[name][new.to(self.device)].cpu()
+            with open(self.folder / f"{name}.bin", "r+b") as opened:
+                os.fsync(opened.fileno())
         self.flushed = self.rows
 
     def state_dict(self) -> dict:
@@ -539,28 +502,20 @@ class Storage:
     def load_state_dict(self, state: dict) -> None:
         """Continue at a checkpoint, without the old rows that were overwritten after it was made."""
         self.rows = self.flushed = state["rows"]
-        self.written[0] = min(self.written[0], self.rows + self.capacity)
-        self.size = self.rows - max(self.rows - state["size"], int(self.written[0]) - self.capacity)
-        if self.device.type != "cpu":
-            for name, array in self.files.items():
-                self.data[name].copy_(torch.from_numpy(array).view(self.data[name].dtype))
+        newest = torch.arange(self.rows - 1, self.rows - 1 - state["size"], -1)
+        self.size = int((self.files["number"][newest % self.capacity, 0] == newest).cumprod(0).sum())
 
 
 def replay_device(specs: dict, rows: int, args, device: torch.device, beside: int = 0) -> torch.device:
-    """Where replay goes: the GPU if it fits in half of the free memory, else files. Says its size, checks the disk.
+    """Where replay goes: the GPU if it fits in half of the free memory, else files. Says how large it is.
 
     `beside`: bytes per row that are kept in the same memory and never in files."""
     row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-    need, whole, folder = row * rows, (row + beside) * rows, Path(args.run_dir).absolute()
-    fits = device.type == "cuda" and whole <= torch.cuda.mem_get_info(device)[0] / 2
+    fits = device.type == "cuda" and (row + beside) * rows <= torch.cuda.mem_get_info(device)[0] / 2
     if args.buffer_device == "cuda" and not fits:
-        fail(f"replay needs {whole / 2**30:.1f} GiB, over half of the free GPU memory; lower --buffer-size")
+        fail(f"--buffer-device cuda: replay needs a GPU with {(row + beside) * rows / 2**29:.1f} GiB of free memory")
     device = device if fits and args.buffer_device != "cpu" else torch.device("cpu")
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    if need > free and not args.resume:
-        fail(f"replay needs {need / 2**30:.2f} GiB but the disk has {free / 2**30:.2f} GiB free: lower it with "
-             f"--buffer-size {int(0.9 * free / row)} or set --run-dir to another disk")
-    print(f"replay: {rows:,} rows x {row:,} bytes = {need / 2**30:.2f} GiB, {device.type}")
+    print(f"replay: {rows:,} rows x {row:,} bytes = {row * rows / 2**30:.2f} GiB, {device.type}")
     return device
 # ==== end shared ====
 
@@ -568,17 +523,9 @@ def replay_device(specs: dict, rows: int, args, device: torch.device, beside: in
 class SequenceReplay(Storage):  # D9
     """Uniform sequences of endless streams that may cross episode borders. Source: `Replay`, `selectors.Uniform`.
 
-    Online queue: of every `length` rows of a stream the newest sequence is handed out once, before uniform samples."""
+    Online queue: once a stream has `length` new rows they are handed out once, before the uniform samples."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.queue = []
-
-    def add(self, row: dict, length: int) -> None:
-        super().add(row)
-        newest = self.rows - 1
-        if newest >= length and newest % length == 0:
-            self.queue += [(newest - length + 1, env) for env in range(self.num_envs)]
+    online = 0  # sequences that were handed out so
 
     def starts(self, length: int) -> int:
         """How many sequences of that length can be sampled."""
@@ -586,24 +533,24 @@ class SequenceReplay(Storage):  # D9
 
     def sample(self, batch_size: int, length: int, online: bool = True) -> tuple[dict, torch.Tensor]:
         """-> fields (length,batch_size,...) on the device, and their positions for `write`."""
-        oldest, fresh = self.rows - self.size, []
-        if online:
-            valid = [item for item in self.queue if oldest <= item[0] <= self.rows - length]
-            fresh, self.queue = valid[:batch_size], valid[batch_size:]
+        oldest = self.rows - self.size
         start, env = torch.rand((2, batch_size), dtype=torch.float64, device=self.device)
         start = oldest + (start * (self.size - length + 1)).long()
         env = (env * self.num_envs).long()
-        if fresh:
-            start[: len(fresh)], env[: len(fresh)] = torch.tensor(fresh, device=self.device).T
+        if online:  # sequence k of a stream begins at row 1 + k * length (official)
+            first = max(self.online, -(-(oldest - 1) // length) * self.num_envs)
+            self.online = max(first, min(first + batch_size, (self.rows - 1) // length * self.num_envs))
+            fresh = torch.arange(first, self.online, device=self.device)
+            start[: len(fresh)], env[: len(fresh)] = 1 + fresh // self.num_envs * length, fresh % self.num_envs
         batch, index = self.gather(start + torch.arange(length, device=self.device)[:, None], env.expand(length, -1))
         return annotate(batch), index
 
     def state_dict(self) -> dict:
-        return dict(super().state_dict(), queue=self.queue)
+        return dict(super().state_dict(), online=self.online)
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.queue = [tuple(item) for item in state["queue"]]
+        self.online = state["online"]
 
 
 def annotate(batch: dict) -> dict:
@@ -641,22 +588,6 @@ def split_context(batch: dict) -> tuple[dict, dict]:  # D9, D12
 
 # ======== 6. networks ========
 
-# ==== shared: dense layer ====
-CPU_INFO = Path("/proc/cpuinfo")
-SLOW_MKL = CPU_INFO.exists() and {"AuthenticAMD", "avx512f"} <= set(CPU_INFO.read_text().split())
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear`, (...,in) with (out,in) -> (...,out). Where MKL leaves AVX-512 unused (on AMD, pytorch/builder#1245)
-    many rows become the pixels of 16 images in a 1x1 convolution by oneDNN, in half the time."""
-    rows = x.numel() // x.shape[-1]
-    if x.device.type != "cpu" or not SLOW_MKL or rows < 512 or rows % 16:
-        return F.linear(x, weight, bias)
-    images = x.reshape(16, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
-    return F.conv2d(images, weight[..., None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-# ==== end shared ====
-
-
 def init_weight(weight: torch.Tensor, fan_in: int, scale: float = 1.0) -> nn.Parameter:
     """Normal truncated at 2 sigma, resulting std scale/sqrt(fan_in). Source: `nets.Initializer` (trunc_normal_in)."""
     sigma = 1.1368 / math.sqrt(fan_in)
@@ -671,9 +602,6 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs)
         self.weight = init_weight(self.weight, inputs, scale)
         nn.init.zeros_(self.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class BlockLinear(nn.Module):  # D5
@@ -747,9 +675,9 @@ class Encoder(nn.Module):
 
     def __init__(self, shapes: dict, units: int, depth: int, layers: int = 3):
         super().__init__()
-        self.vectors, self.image, self.tokens = sorted(k for k in shapes if k != "image"), "image" in shapes, 0
-        if self.vectors:
-            self.mlp = mlp(sum(shapes[k][0] for k in self.vectors), units, layers)
+        self.vector, self.image, self.tokens = "vector" in shapes, "image" in shapes, 0
+        if self.vector:
+            self.mlp = mlp(sum(shapes["vector"]), units, layers)
             self.tokens += units
         if self.image:
             height, width, channels = shapes["image"]
@@ -760,8 +688,8 @@ class Encoder(nn.Module):
 
     def forward(self, obs: dict) -> torch.Tensor:
         outs = []
-        if self.vectors:
-            outs.append(self.mlp(symlog(torch.cat([obs[k] for k in self.vectors], -1))))  # D1
+        if self.vector:
+            outs.append(self.mlp(symlog(obs["vector"])))  # D1
         if self.image:
             x = obs["image"].flatten(0, 1).to(self.convs[0].weight.dtype) / 255 - 0.5
             for conv, norm in zip(self.convs, self.norms):
@@ -775,10 +703,10 @@ class Decoder(nn.Module):
 
     def __init__(self, shapes: dict, deter: int, stoch: int, units: int, depth: int, layers: int = 3):
         super().__init__()
-        self.vectors, self.image = sorted(k for k in shapes if k != "image"), "image" in shapes
-        if self.vectors:
-            self.mlp = mlp(stoch + deter, units, layers)
-            self.outs = nn.ModuleDict({k: Linear(units, shapes[k][0]) for k in self.vectors})
+        self.vector, self.image = "vector" in shapes, "image" in shapes
+        if self.vector:  # one output layer for each part, because gradients are clipped per tensor
+            hidden = mlp(stoch + deter, units, layers)
+            self.mlp = nn.Sequential(hidden, Parallel(Linear(units, n) for n in shapes["vector"]))
         if self.image:
             height, width, channels = shapes["image"]
             widths, blocks = [4 * depth, 4 * depth, 3 * depth, 2 * depth, channels], 8
@@ -790,9 +718,8 @@ class Decoder(nn.Module):
 
     def forward(self, deter: torch.Tensor, stoch: torch.Tensor) -> dict:
         out = {}
-        if self.vectors:
-            x = self.mlp(torch.cat([stoch, deter], -1))
-            out = {k: self.outs[k](x) for k in self.vectors}
+        if self.vector:
+            out["vector"] = self.mlp(torch.cat([stoch, deter], -1))
         if self.image:
             x = self.from_deter(deter.flatten(0, -2)).unflatten(-1, self.grid).permute(0, 2, 3, 1, 4)  # (N,y,x,G,C/G)
             x = (x + self.from_stoch(stoch.flatten(0, -2)).view(x.shape)).flatten(3)
@@ -900,7 +827,7 @@ class RSSM(nn.Module):  # D5
         keep = (~is_first).to(dtype)[..., None]  # trap: h, z and the previous action all start from zero in an episode
         # what a step adds to its products: rows that are made for all steps at once, or a bias
         rows = dict(dense=self.action_row(weights, prev_action.to(dtype) * keep),
-                    post=linear(tokens, self.post_hid.weight[:, self.deter :], self.post_hid.bias))
+                    post=F.linear(tokens, self.post_hid.weight[:, self.deter :], self.post_hid.bias))
         steps = [{} for _ in tokens]  # for each of the T steps: name -> (weight, row, tape) of `affine`
         for name, (weight, bias) in weights.items():
             row = rows[name] if name in rows else bias.expand(len(tokens), *bias.shape[:-2], keep.shape[1], -1)
@@ -1126,7 +1053,7 @@ def start_ranks(device: str) -> tuple[int, int, int]:
 
 
 def gather_ranks(x: torch.Tensor) -> torch.Tensor:
-    """(n,) of every rank -> (world_size*n,), for statistics of the joint batch."""
+    """(n,) of every rank -> (world_size*n,), for statistics of the joint batch and what all ranks must agree on."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -1143,21 +1070,9 @@ def average_ranks(tensors: list[torch.Tensor]) -> None:
             t.copy_(part.view_as(t))
 
 
-def sum_ranks(values: list, device: torch.device) -> list[float]:
-    """Sum over ranks of numbers that all ranks must agree on."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor([float(v) for v in values], device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def share_text(text: str) -> str:
-    """Rank 0's text on every rank."""
-    box = [text]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, 0)
-    return box[0]
+def sum_ranks(values: list, device: torch.device) -> list[int]:
+    """Sums over ranks, of whole numbers that all ranks must agree on."""
+    return gather_ranks(torch.tensor(values, device=device)).view(-1, len(values)).sum(0).tolist()
 # ==== end shared ====
 
 
@@ -1237,7 +1152,7 @@ def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_si
 
 # ======== 10. evaluate and dream ========
 
-# ==== shared: episode accounting ====
+# ==== shared: evaluation ====
 class Episodes:
     """Return and length of the running episode of each environment; the resetting row counts for neither."""
 
@@ -1267,10 +1182,8 @@ def human_normalised(env_id: str, score: float) -> dict[str, float]:
     """0 is random play, 1 a human; empty for other environments than the 26 games."""
     low, high = ATARI_100K.get(env_id.removeprefix("ALE/").removesuffix("-v5"), (0, 0))
     return {"eval/human_normalised": (score - low) / (high - low)} if high else {}
-# ==== end shared ====
 
 
-# ==== shared: evaluation ====
 def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, float], list]:
     """`eval_episodes` whole episodes in fresh environments -> metrics, and the first one's frames if it has images.
 
@@ -1295,17 +1208,6 @@ def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, fl
     print(f"evaluation at step {step}, {len(returns)} episodes: "
           + ", ".join(f"{k.removeprefix('eval/')} {v:.3g}" for k, v in metrics.items()))
     return metrics, frames
-
-
-def play(agent, args, device: torch.device) -> None:
-    """--eval-only: load what acting needs, evaluate it, write the results beside it."""
-    path = Path(args.checkpoint)
-    saved, run = load_checkpoint(path, "policy.pt"), path if path.is_dir() else path.parent
-    missing = agent.load_state_dict(saved["agent"], strict=False).missing_keys  # policy.pt holds what acting needs
-    if any(key.startswith(ACTING) for key in missing):
-        fail(f"the policy in {path} is not complete")
-    with SummaryWriter(str(run)) as writer:
-        log_results(*evaluate(agent, args, device, saved["step"]), "play/episode", writer, saved["step"])
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
@@ -1373,46 +1275,54 @@ def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int
 # ======== 11. checkpoint and logging ========
 
 # ==== shared: checkpoint ====
-def save_atomic(payload: dict, path: Path) -> None:
-    """Write, fsync, replace; the file before stays as *_prev. A kill or a full disk always leaves a loadable file."""
-    part = path.with_suffix(".tmp")
+def save_checkpoint(run: Path, args, agent, optimizer, replay, device: torch.device, **counters) -> None:
+    """checkpoint.pt with everything a resumed run needs: written, fsynced, then put in place of the old one, which
+    stays as checkpoint_prev.pt. A kill or a full disk always leaves a loadable file."""
+    rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
     buffer = io.BytesIO()  # torch.save into a file on a full disk raises its own errors, write an OSError
-    torch.save(payload, buffer)
+    torch.save(dict(algorithm=Path(__file__).stem, args=asdict(args), agent=agent.state_dict(), rng=rng,
+                    optimizer=optimizer.state_dict(), replay=replay.state_dict(), **counters), buffer)
+    path, part = run / "checkpoint.pt", run / "checkpoint.tmp"
     with open(part, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
-        os.replace(path, path.with_stem(path.stem + "_prev"))
+        shutil.copy(path, run / "checkpoint_prev.pt")
     os.replace(part, path)
 
 
-def save_run(run: Path, args, step: int, agent, optimizer, replay, device: torch.device, **counters) -> None:
-    """checkpoint.pt with everything a resumed run needs, policy.pt with what acting needs."""
-    common = dict(algorithm=Path(__file__).stem, args=asdict(args), step=step)
-    cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    save_atomic(dict(common, **counters, agent=agent.state_dict(), optimizer=optimizer.state_dict(),
-                     replay=replay.state_dict(), rng=torch.get_rng_state(), cuda_rng=cuda_rng), run / "checkpoint.pt")
-    policy = {k: v for k, v in agent.state_dict().items() if k.startswith(ACTING)}
-    save_atomic(dict(common, agent=policy), run / "policy.pt")
-
-
-def load_checkpoint(path: Path, name: str = "checkpoint.pt") -> dict:
-    """The checkpoint in a run directory, or a file; plain data (weights_only). Damaged, foreign: one line, status 2."""
-    file = path / name if path.is_dir() else path
-    previous = file.with_stem(file.stem.removesuffix("_prev") + "_prev")
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint file or the one in a run directory, plain data. Damaged, foreign: one line, exit status 2."""
+    file = path / "checkpoint.pt" if path.is_dir() else path
     if not file.exists():
-        file = previous  # killed between the two renames of save_atomic
-    if not file.exists():
-        fail(f"no {name} in {path}")
+        fail(f"no checkpoint at {file}")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        algorithm, _, _ = saved["algorithm"], saved["args"], saved["step"]
+        algorithm, flags = saved["algorithm"], saved["args"].keys()
     except Exception as error:  # damaged pickles raise anything
-        fail(f"{file} is damaged ({type(error).__name__}); the one before it is {previous}")
-    if algorithm != Path(__file__).stem:
-        fail(f"{file} was made by {algorithm}.py")
+        fail(f"{file} is damaged ({type(error).__name__}); checkpoint_prev.pt beside it is the one before")
+    if algorithm != Path(__file__).stem or flags != {f.name for f in fields(Args)}:
+        fail(f"{file} was made by {algorithm}.py, or by another version of this script")
     return saved
+
+
+def load_agent(saved: dict, agent) -> None:
+    """The networks of a checkpoint; if they are others than these: one line, exit status 2."""
+    try:
+        agent.load_state_dict(saved["agent"])
+    except RuntimeError as error:
+        fail(f"the run has other networks than these flags make ({' '.join(str(error).split())[:200]})")
+
+
+def restore(saved: dict, optimizer, replay, device: torch.device, rank: int) -> None:
+    """Continue where `save_checkpoint` was called; ranks but the first go on with fresh random numbers."""
+    optimizer.load_state_dict(saved["optimizer"])
+    replay.load_state_dict(saved["replay"])
+    if rank == 0:
+        torch.set_rng_state(saved["rng"][0])
+        if device.type == "cuda" and len(saved["rng"]) > 1:
+            torch.cuda.set_rng_state(saved["rng"][1], device)
 
 
 def run_name(args) -> str:
@@ -1420,27 +1330,30 @@ def run_name(args) -> str:
 
 
 def find_run(args) -> Path | None:
-    """What --resume names; with `auto` the newest run of the same name that has a checkpoint; None for a new run."""
-    if args.resume == "auto":
-        found = [p for p in Path(args.run_dir).glob(run_name(args) + "*") if any(p.glob("checkpoint*.pt"))]
-        return max(found, key=lambda p: p.stat().st_mtime, default=None)
-    return Path(args.resume) if args.resume else None
+    """What --checkpoint or --resume names; with `auto` the newest checkpoint of this run name; None for a new run."""
+    name = args.checkpoint if args.eval_only else args.resume
+    if name == "auto":
+        found = Path(args.run_dir).glob(f"{run_name(args)}*/checkpoint.pt")
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return Path(name) if name else None
 
 
-def start_run(args, step: int | None = None) -> tuple[Path, SummaryWriter]:
-    """Make (or reopen) the run directory: arguments, a copy of the script, versions, TensorBoard."""
-    run = Path(args.resume or Path(args.run_dir) / f"{run_name(args)}{time.time_ns() // 1_000_000}")
-    run = run if run.is_dir() or not args.resume else run.parent
-    run.mkdir(parents=True, exist_ok=True)
+def run_folder(args, device: torch.device) -> Path:
+    """The directory of the run that is resumed or evaluated, or a new one, the same on all ranks."""
+    stamp = gather_ranks(torch.tensor([time.time_ns() // 1_000_000], device=device))[0]
+    run = find_run(args) or Path(args.run_dir) / f"{run_name(args)}{stamp}"
+    return run.parent if run.is_file() else run
+
+
+def start_log(args, run: Path, step: int | None) -> SummaryWriter:
+    """Arguments, a copy of the script, versions; TensorBoard, without the points after `step` that a kill left."""
     flags = json.dumps(asdict(args), indent=1)
     (run / "args.json").write_text(flags)
-    if Path(__file__).resolve().parent != run.resolve():
-        shutil.copy(__file__, run)
-    packages = "".join(f"{p} {version(p)}\n" for p in ("torch", "gymnasium", "ale-py", "numpy"))
-    (run / "versions.txt").write_text(f"python {sys.version}\n{packages}")
-    writer = SummaryWriter(str(run), purge_step=None if step is None else step + 1)  # a killed run's later points go
+    (run / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
+    (run / "versions.txt").write_text("".join(sorted(f"{d.name}=={d.version}\n" for d in distributions())))
+    writer = SummaryWriter(str(run), purge_step=None if step is None else step + 1)
     writer.add_text("hyperparameters", f"```\n{flags}\n```")
-    return run, writer
+    return writer
 
 
 def check_finite(metrics: dict, step: int, run: Path) -> dict[str, float]:
@@ -1458,7 +1371,7 @@ def stop_signals() -> list[int]:
 
     def receive(number, frame) -> None:
         received.append(number)
-        if number == signal.SIGINT:
+        if number == signal.SIGINT:  # trap: torchrun passes on a SIGTERM that its processes also got themselves
             signal.signal(number, signal.SIG_DFL)
 
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -1470,43 +1383,18 @@ def stop_signals() -> list[int]:
 
 # ======== 12. main ========
 
-# On resume these may not change: they decide tensor shapes, the replay layout, or what the numbers mean.
-FIXED = ("env_id", "seed", "preset", "num_envs", "grayscale", "action_repeat", "full_action_space", "precision",
-         "buffer_size", "size", "image_size", "pixels")  # D11
-ACTING = ("world.encoder", "world.rssm", "behaviour.actor")  # what policy.pt holds
-
-
 # ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Flags, over the arguments of the resumed (or evaluated) run, or over the preset. Bad flags exit with status 2."""
-    # tyro's int rejects 1e6: write such whole numbers out before it looks
-    def whole(match: re.Match) -> str:
-        return f"{float(match[0]):.0f}" if float(match[0]) % 1 == 0 else match[0]
-
-    argv = [re.sub(r"(?<![^=])\d+(\.\d+)?[eE]\+?\d\d?$", whole, a) for a in (sys.argv[1:] if argv is None else argv)]
+    """Flags, over the arguments of the run that is resumed or evaluated, or over the preset. Bad ones: status 2."""
+    argv = [re.sub(r"(?<![^=])\d+[eE]\d\d?$", lambda number: f"{float(number[0]):.0f}", word)  # tyro's int refuses 1e6
+            for word in (sys.argv[1:] if argv is None else argv)]
     first = tyro.cli(Args, args=argv)
-    if first.eval_only and not (first.checkpoint and first.eval_episodes):
+    path = find_run(first)
+    default = Args(**load_checkpoint(path)["args"]) if path else replace(Args(), **PRESETS[first.preset])
+    args = replace(tyro.cli(Args, args=argv, default=default), resume="" if first.eval_only else str(path or ""))
+    if args.eval_only and not (path and args.eval_episodes):
         fail("--eval-only needs --checkpoint PATH and --eval-episodes")
-    run = Path(first.checkpoint) if first.eval_only else find_run(first)
-    if run is None:
-        return validate(replace(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[first.preset])), resume=""))
-    checkpoint = load_checkpoint(run, "policy.pt" if first.eval_only else "checkpoint.pt")
-    if not first.eval_only and "optimizer" not in checkpoint:
-        fail(f"{run} is a policy, not a run to resume; play with it by --eval-only --checkpoint {run}")
-    saved = {**checkpoint["args"], "resume": ""}
-    unknown = saved.keys() - {f.name for f in fields(Args)}
-    if unknown:
-        fail(f"{run} was made by another version of this script, with {sorted(unknown)}")
-    args = tyro.cli(Args, args=argv, default=Args(**saved))
-    for name, old in saved.items():
-        new, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if name in FIXED and new == "auto":
-            args = replace(args, **{name: old})  # auto is what the run has
-        elif name in FIXED and new != old and not (first.eval_only and name in ("seed", "num_envs", "precision")):
-            fail(f"{flag} cannot change on resume ({old} -> {new}); start a new run instead")
-        elif new != old and name not in ("resume", "eval_only", "checkpoint") and os.environ.get("RANK", "0") == "0":
-            print(f"resume: {flag} {old} -> {new}")
-    return validate(replace(args, resume="" if first.eval_only else str(run)))
+    return validate(args)
 
 
 def check_numbers(args, may_be_zero: str) -> None:
@@ -1515,37 +1403,31 @@ def check_numbers(args, may_be_zero: str) -> None:
         value, positive = getattr(args, f.name), "int" in f.type and f.name not in may_be_zero.split()
         if type(value) in (int, float) and not (math.isfinite(value) and value >= positive):  # not bool
             fail(f"--{f.name.replace('_', '-')} must be {'positive' if positive else 'zero or more'}, got {value}")
+
+
+def resolve(args, device: torch.device, **auto):
+    """Replace `auto` by what it stands for here, so that checkpoints and logs hold plain values."""
+    auto |= dict(compile="on" if device.type == "cuda" else "off")
+    values = {k: v for k, v in auto.items() if getattr(args, k) == "auto"}
+    return replace(args, action_repeat=args.action_repeat or (4 if args.env_id.startswith("ALE/") else 1), **values)
 # ==== end shared ====
 
 
 def validate(args: Args) -> Args:
     """The arguments, if each makes sense and they fit together; else one line and exit status 2."""
     check_numbers(args, "seed learning_starts eval_every video_every eval_episodes warmup")  # D13
-    if args.batch_length == 1:  # D8
-        fail("--batch-length must be at least 2: the replay loss of the critic bootstraps from the next step")
-    if args.image_size % 16:  # D11
-        fail(f"--image-size must be a multiple of 16 (four halvings), got {args.image_size}")
+    if args.batch_length == 1 or args.image_size % 16:  # D8, D11
+        fail("--batch-length is at least 2 (the critic bootstraps from the next step), --image-size a multiple of 16")
     if args.train_ratio == 0 or max(args.gamma, args.lam, args.unimix, args.actor_unimix, args.sticky_actions) > 1:
         fail("--train-ratio must be positive; --gamma, --lam, --sticky-actions and the unimix shares are at most 1")
     return args
 
 
-def resolve(args: Args, device: torch.device) -> Args:
-    """Replace `auto` by what it stands for here, so that checkpoints and logs hold plain values."""
-    cuda, atari = device.type == "cuda", args.env_id.startswith("ALE/")
-    if args.buffer_device == "cuda" and not cuda:
-        fail("--buffer-device cuda needs --device cuda")
-    size = args.size if args.size != "auto" else "size1m" if device.type == "cpu" else "size12m"  # D11
-    return replace(args, size=size,
-                   precision=args.precision if args.precision != "auto" else "bf16" if cuda else "fp32",
-                   compile=args.compile if args.compile != "auto" else "on" if cuda else "off",
-                   action_repeat=args.action_repeat or (4 if atari else 1))
-
-
 def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:  # D9
     """Fields of a replay row: name -> (shape, dtype). Nothing is lost: h in computation precision, z is one-hot."""
     flag, rssm = ((), torch.bool), agent.world.rssm
-    obs = {k: (shape, torch.uint8 if k == "image" else torch.float32) for k, shape in shapes.items()}
+    obs = dict(image=(shapes["image"], torch.uint8)) if "image" in shapes else {}
+    obs |= dict(vector=((sum(shapes["vector"]),), torch.float32)) if "vector" in shapes else {}
     return dict(obs, reward=((), torch.float32), is_first=flag, is_last=flag, is_terminal=flag,
                 action=((agent.behaviour.action_dim,), torch.float32),
                 deter=((rssm.deter,), torch.bfloat16 if args.precision == "bf16" else torch.float32),
@@ -1556,7 +1438,8 @@ def main(args: Args) -> None:
     # ---- set-up: processes, device, environments, networks ----
     rank, local_rank, world_size = start_ranks(args.device)
     device = pick_device(args.device, local_rank)
-    args = resolve(args, device)
+    cuda = device.type == "cuda"
+    args = resolve(args, device, precision="bf16" if cuda else "fp32", size="size12m" if cuda else "size1m")  # D11
     if args.num_envs % world_size or args.batch_size % world_size:
         fail(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world_size} ranks")
     num_envs, batch_size = args.num_envs // world_size, args.batch_size // world_size
@@ -1564,58 +1447,36 @@ def main(args: Args) -> None:
     envs = make_envs(args, num_envs, args.seed + rank * num_envs)
     torch.manual_seed(args.seed)  # the same weights on every rank
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args).to(device)
+    run, saved = run_folder(args, device), load_checkpoint(find_run(args)) if find_run(args) else None
+    if saved:
+        load_agent(saved, agent)
     if args.eval_only:
-        return play(agent, args, device)
+        with SummaryWriter(str(run)) as writer:
+            log_results(*evaluate(agent, args, device, saved["step"]), "play/episode", writer, saved["step"])
+        return
     if args.compile == "on":
         agent.compile_regions()
     optimizer = LaProp(agent.parameters(), args.lr, args.warmup, args.agc)  # D6
 
     # ---- the state of a run: everything that a checkpoint holds ----
-    saved = load_checkpoint(Path(args.resume)) if args.resume else None
     wanted = min(args.buffer_size, max(args.total_timesteps, length * args.num_envs))  # D9
     rows = saved["capacity"] if saved else -(-wanted // args.num_envs)
     if rows < length:  # D12
         fail(f"--batch-length {args.batch_length} needs {length} rows per environment, has {rows} (--buffer-size)")
     specs = replay_specs(envs.shapes, agent, args)
     place = replay_device(specs, rows * num_envs, args, device)
-    run, writer = start_run(args, saved and saved["step"]) if rank == 0 else ("", None)
-    run = Path(share_text(str(run)))
-    folder = run / f"replay{rank}"
-    folder.mkdir(exist_ok=True)
-    absent = [name for name in specs if saved and not (folder / f"{name}.npy").exists()]
-    if absent:
-        fail(f"replay of this run is not complete: no {folder / absent[0]}.npy")
-    replay = SequenceReplay(specs, rows, num_envs, place, folder)  # D9
+    run.mkdir(parents=True, exist_ok=True)
+    replay = SequenceReplay(specs, rows, num_envs, place, run / f"replay{rank}", new=not saved)  # D9
     ratio = Ratio(args.train_ratio / (args.batch_size * args.batch_length))  # D13
     step, updates, metrics = 0, 0, {}
+    torch.manual_seed(args.seed + 1000 * rank + (saved["step"] if saved else 0))
     if saved:
-        agent.load_state_dict(saved["agent"])
-        optimizer.load_state_dict(saved["optimizer"])
-        replay.load_state_dict(saved["replay"])
+        restore(saved, optimizer, replay, device, rank)
         step, updates, ratio.previous = saved["step"], saved["updates"], saved["ratio"]
         envs.seed += step  # other episodes than the first ones again
-    torch.manual_seed(args.seed + 1000 * rank + step)
-    if saved and rank == 0:
-        torch.set_rng_state(saved["rng"])
-        if device.type == "cuda" and saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"], device)
-
-    def save() -> None:
-        check_finite(metrics, step, run)
-        replay.flush()
-        sum_ranks([0], device)  # wait until every rank has flushed
-        if rank == 0:
-            counters = dict(capacity=rows, updates=updates, ratio=ratio.previous)
-            save_run(run, args, step, agent, optimizer, replay, device, **counters)
-
-    def look(evaluation: bool, video: bool) -> None:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
-            if video and "image" in replay.data and replay.starts(length):  # D9
-                log_results(*open_loop_video(agent, replay, args), "dream/open_loop", writer, step)
-            if evaluation and args.eval_episodes:
-                log_results(*evaluate(agent, args, device, step), "eval/episode", writer, step)
 
     if rank == 0:
+        writer = start_log(args, run, step if saved else None)
         modules = [*agent.world.named_children(), *agent.behaviour.named_children()]
         counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in modules}
         parts = ", ".join(f"{k} {v:,}" for k, v in counts.items() if v)
@@ -1633,15 +1494,14 @@ def main(args: Args) -> None:
         state = agent.act(row, state)  # D13
         state["action"] *= torch.as_tensor(~row["is_last"], device=device)[:, None]  # none follows an episode's end
         action = state["action"].cpu().numpy()
-        replay.add(row | state, length)  # D9, D12
+        replay.add(row | state)  # D9, D12
         decisions, stopping, starts = sum_ranks(
             [int((~row["is_first"]).sum()), bool(stop), replay.starts(length)], device)  # D9; all ranks must agree
-        before, step = step, step + int(decisions)
+        before, step = step, step + decisions
         for _, ret, steps in episodes.update(row):
             if rank == 0:
                 tqdm.write(f"global_step={step}, episodic_return={ret:g}")
-                writer.add_scalar("charts/episodic_return", ret, step)
-                writer.add_scalar("charts/episodic_length", steps, step)
+                log_results({"charts/episodic_return": ret, "charts/episodic_length": steps}, [], "", writer, step)
 
         # D13
         if starts >= args.num_envs and (step >= args.learning_starts if args.learning_starts else starts >= enough):
@@ -1651,33 +1511,38 @@ def main(args: Args) -> None:
         bar.set_postfix(dict(ret=f"{episodes.last:.4g}", updates=updates), refresh=False)
         bar.update(step - before)
 
-        def reached(every: int) -> bool:
-            return every > 0 and step // every > before // every
+        def due(every: int) -> bool:
+            return every > 0 and step // every > before // every or step >= args.total_timesteps
 
-        if rank == 0 and reached(args.log_every) and metrics:
+        if due(args.save_every) or stopping:
+            check_finite(metrics, step, run)
+            replay.flush()
+            sum_ranks([0], device)  # wait until every rank has flushed
+            if rank == 0:
+                save_checkpoint(run, args, agent, optimizer, replay, device, step=step, updates=updates,
+                                capacity=rows, ratio=ratio.previous)
+        if rank == 0 and due(args.log_every) and metrics:
             seconds, steps, count = (new - old for new, old in zip((time.time(), step, updates), clock))
             clock = (time.time(), step, updates)
             scalars = {"charts/SPS": steps / max(seconds, 1e-9), "charts/UPS": count / max(seconds, 1e-9),
                        "charts/frames": step * args.action_repeat, **check_finite(metrics, step, run)}
             log_results(scalars, [], "", writer, step)
-        if reached(args.save_every) and step < args.total_timesteps or stopping:
-            save()
         if stopping:
             if rank == 0:
                 tqdm.write(f"saved at step {step}; continue with --resume {run}")
             break
-        if rank == 0 and step < args.total_timesteps:
-            look(reached(args.eval_every), reached(args.video_every))
-        row = envs.step(action)
-    else:
-        save()
         if rank == 0:
-            look(evaluation=True, video=True)
+            with torch.random.fork_rng([device] if cuda else []):  # looking changes nothing
+                if due(args.video_every) and "image" in replay.data and starts:  # D9
+                    log_results(*open_loop_video(agent, replay, args), "dream/open_loop", writer, step)
+                if due(args.eval_every) and args.eval_episodes:
+                    log_results(*evaluate(agent, args, device, step), "eval/episode", writer, step)
+        row = envs.step(action)
     bar.close()
-    if rank == 0 and not updates:
-        print("no update was made: replay never held enough rows, or no episode that is long enough for --batch-length")
-    if writer:
+    if rank == 0:
         writer.close()
+        if not updates:
+            print("no update was made: replay never held enough rows")
     if world_size > 1:
         dist.destroy_process_group()
 
@@ -1685,7 +1550,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            fail(str(error))
-        fail(f"the disk is full ({error}); the last checkpoint is intact: free some space, then --resume")
+    except OSError as error:  # a full disk, a missing file of the replay
+        fail(f"{error}; the last checkpoint is as it was")

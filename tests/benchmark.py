@@ -60,7 +60,7 @@ def synthetic_rows(replay, episode: int, seed: int):
     """Endless rows for a replay: random images (never zeros), numbers N(0,1), episodes of `episode` rows, one in five
     of which terminates; latents are 0 or 1."""
     rng, count = np.random.default_rng(seed), 0
-    shapes = {name: tuple(field.shape[1:]) for name, field in replay.data.items()}
+    shapes = {name: tuple(field.shape[1:]) for name, field in replay.data.items() if name != "number"}
     while True:
         first, last = (np.full(replay.num_envs, count % episode == end) for end in (0, episode - 1))
         action = np.eye(shapes["action"][-1])[rng.integers(shapes["action"][-1], size=replay.num_envs)]
@@ -72,15 +72,22 @@ def synthetic_rows(replay, episode: int, seed: int):
             if name not in row:
                 whole = replay.data[name].dtype == torch.uint8
                 high = 256 if name == "image" else 2
-                row[name] = rng.integers(0, high, shape).astype(np.uint8) if whole else rng.normal(size=shape) / 3
+                value = rng.integers(0, high, shape) if whole else rng.normal(size=shape) / 3
+                row[name] = value.astype(np.uint8 if whole else np.float32)
         yield row
         count += 1
+
+
+def make_replay(kind, *args, **options):
+    """A new replay; its files are gone from the folder at once, mapped they live on as long as it does."""
+    with tempfile.TemporaryDirectory() as folder:
+        return kind(*args, Path(folder), **options)
 
 
 def make_parts(script, agent, shapes: dict, args, device: torch.device):
     """The same for iris.py -> ({part: its update}, endless rows, once per epoch: encode and decode all frames)."""
     frames, rng = 10 * args.batch_length, np.random.default_rng(args.seed)
-    replay = script.SegmentReplay(script.replay_specs(shapes, agent, args), frames, 1, device, None)
+    replay = make_replay(script.SegmentReplay, script.replay_specs(shapes, agent, args), frames, 1, device)
     rows = iter(lambda: dict(image=rng.integers(0, 256, (1, *shapes["image"]), np.uint8), is_first=[False],
                              is_last=[False]), None)  # fmt: skip
     for t in range(frames):
@@ -103,19 +110,21 @@ def make_update(script, agent, shapes: dict, args, device: torch.device):
     specs = script.replay_specs(shapes, agent, args)
     if hasattr(script, "EpisodeReplay"):
         options = dict(length=args.batch_length, prioritize_ends=args.prioritize_ends)
-        replay = script.EpisodeReplay(specs, 10 * args.batch_length, args.num_envs, device, None, **options)
+        replay = make_replay(
+            script.EpisodeReplay, specs, 10 * args.batch_length, args.num_envs, device, **options
+        )
         optimizer, rows = script.Optimizers(agent, args), synthetic_rows(replay, 2 * args.batch_length, args.seed)
         coefs = torch.tensor([script.schedule(text, 0) for text in (args.ent_coef, args.rho)]).to(device)
         for _ in range(10 * args.batch_length):
             replay.add(next(rows))
         return lambda: script.train_step(agent, optimizer, replay, args.batch_size, coefs), rows
     length = args.batch_length + 1
-    replay = script.SequenceReplay(specs, 10 * length, args.num_envs, device, None)
+    replay = make_replay(script.SequenceReplay, specs, 10 * length, args.num_envs, device)
     params = [p for n, p in agent.named_parameters() if "slow" not in n]
     optimizer = script.LaProp(params, args.lr, args.warmup, args.agc)
     rows = synthetic_rows(replay, 100, args.seed)
     for _ in range(10 * length):
-        replay.add(next(rows), length)
+        replay.add(next(rows))
     return lambda: script.train_step(agent, optimizer, replay, args.batch_size), rows
 
 
@@ -143,7 +152,9 @@ def main() -> None:
     script = load(Path(own.file).stem)
     args = script.parse_args(flags)
     device = script.pick_device(args.device)
-    args = script.resolve(args, device)
+    cuda = device.type == "cuda"
+    auto = dict(precision="bf16" if cuda else "fp32", size="size12m" if cuda else "size1m")  # as in main
+    args = script.resolve(args, device, **{name: value for name, value in auto.items() if hasattr(args, name)})
     torch.manual_seed(args.seed)
     size, gray = getattr(args, "image_size", 64), getattr(args, "grayscale", False)
     shapes, discrete, actions = {"image": (size, size, 1 if gray else 3)}, True, 6

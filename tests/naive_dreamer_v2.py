@@ -7,7 +7,9 @@ measured as one writes it first: distributions that draw for themselves, torch's
 cpu_ms_per_update of tests/benchmark.py and the same flags, run in turns on one machine."""
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -139,17 +141,18 @@ class NaiveUpdate:
 
 
 if __name__ == "__main__":
-    from benchmark import make_update
+    from benchmark import synthetic_rows
     from conftest import load
 
     script, device, cpu_ms = load("dreamer_v2"), torch.device("cpu"), []
     torch.set_num_threads(1)
     script.Linear.forward = nn.Linear.forward
-    args = script.resolve(script.parse_args(sys.argv[1:]), device)
+    args = script.resolve(script.parse_args(sys.argv[1:]), device, precision="fp32")
     agent = script.Agent({"image": (64, 64, 1)}, 6, True, args)
-    _, rows = make_update(script, agent, {"image": (64, 64, 1)}, args, device)
-    replay = script.EpisodeReplay(script.replay_specs({"image": (64, 64, 1)}, agent, args), 10 * args.batch_length, 1,
-                                  device, None, length=args.batch_length, prioritize_ends=args.prioritize_ends)
+    specs, folder = script.replay_specs({"image": (64, 64, 1)}, agent, args), tempfile.TemporaryDirectory()
+    replay = script.EpisodeReplay(specs, 10 * args.batch_length, 1, device, Path(folder.name),
+                                  length=args.batch_length, prioritize_ends=args.prioritize_ends)
+    rows = synthetic_rows(replay, 2 * args.batch_length, args.seed)
     for _ in range(10 * args.batch_length):
         replay.add(next(rows))
     parts = dict(model=(agent.world, args.model_lr), actor=(agent.behaviour.actor, args.actor_lr),

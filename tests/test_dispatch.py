@@ -66,11 +66,11 @@ def count_norm_as_one(m, mode, monkeypatch):
     monkeypatch.setattr(m.NormSiLU, "forward", norm)
 
 
-def make(m):
+def make(m, folder):
     torch.manual_seed(0)
     args = m.Args(size="size1m", precision="fp32", batch_size=BATCH, batch_length=LENGTH)
     agent = m.Agent(SHAPES, 3, True, args)
-    return agent, optimizer_of(m, agent), random_replay(m, agent, SHAPES, LENGTH + 20, LENGTH)
+    return agent, optimizer_of(m, agent), random_replay(m, agent, SHAPES, LENGTH + 20, folder)
 
 
 def show(mode, phases):
@@ -91,9 +91,9 @@ def in_phase(mode, owner, name, monkeypatch):
 
 
 @V3
-def test_dispatches_per_update(m, monkeypatch):
+def test_dispatches_per_update(m, monkeypatch, tmp_path):
     """At most 7,500 operations for T = 64 and H = 15 (TorchRL: about 7,500 launches after compilation)."""
-    mode, (agent, optimizer, replay) = Count(), make(m)
+    mode, (agent, optimizer, replay) = Count(), make(m, tmp_path)
     count_norm_as_one(m, mode, monkeypatch)
     phases = dict(observe=agent.world.rssm, imagine=agent.behaviour, backward=torch.Tensor, step=optimizer)
     for name, owner in phases.items():
@@ -123,9 +123,9 @@ def posterior_step(agent, mode):
 
 
 @V3
-def test_dispatches_per_posterior_step(m, monkeypatch):
+def test_dispatches_per_posterior_step(m, monkeypatch, tmp_path):
     """What one more step of the posterior costs going forward: at most 40 operations."""
-    mode, agent = Count(), make(m)[0]
+    mode, agent = Count(), make(m, tmp_path)[0]
     count_norm_as_one(m, mode, monkeypatch)
     assert 20 < posterior_step(agent, mode) <= 40
 
@@ -148,12 +148,12 @@ def check_no_host_reads(update, monkeypatch):
 
 
 @V3
-def test_no_host_reads(m, monkeypatch):
+def test_no_host_reads(m, monkeypatch, tmp_path):
     """An update never waits for a value: none of its operations has a result on the host."""
     agent = tiny(m)
-    optimizer, replay = optimizer_of(m, agent), random_replay(m, agent, TINY_SHAPES, 20, agent.args.batch_length)
-    assert replay.queue  # the first update also takes a sequence from the online queue
+    optimizer, replay = optimizer_of(m, agent), random_replay(m, agent, TINY_SHAPES, 20, tmp_path)
     check_no_host_reads(lambda: m.train_step(agent, optimizer, replay, BATCH), monkeypatch)
+    assert replay.online == 2  # the first update took sequences from the online queue
 
 
 # ---- scripts that learn from episodes, in dreams of which each part has an optimiser of its own ----

@@ -1,7 +1,9 @@
 """Two gloo processes compute what one computes on the joint batch; torchrun makes one run, to stop and to resume."""
 import re
 import signal
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import tiny
@@ -15,7 +17,7 @@ from test_resume import ENDLESS, check_rows, checkpoint, differences, execute, f
 NAMES = [path.stem for path in SCRIPTS]
 each_script = pytest.mark.parametrize("name", NAMES)
 RANKS, STEPS, BATCH = 2, 5, 4  # processes, T, joint B
-SHAPES, ACTIONS = {"image": (16, 16, 3), "speed": (2,)}, 3
+SHAPES, ACTIONS = {"image": (16, 16, 3), "vector": (2,)}, 3
 CPU = torch.device("cpu")
 
 
@@ -73,7 +75,7 @@ def gradients_v2(script, rank: int | None = None, cases: dict | None = None) -> 
     return {f"{case} {k}": v for case, part in found.items() for k, v in part.items() if "/" not in k or "grad/" in k}
 
 
-def work_v2(script, rank: int) -> dict:
+def work_v2(script, rank: int, folder: Path) -> dict:
     cases = free_nats(script)  # both alone: before the process group exists
     own = gradients_v2(script, rank, cases)
     yield
@@ -81,7 +83,7 @@ def work_v2(script, rank: int) -> dict:
     torch.manual_seed(0)
     agent = tiny.agent(script, batch_length=STEPS)
     result["before"] = state(agent)
-    replay = script.EpisodeReplay(script.replay_specs(tiny.IMAGE, agent, agent.args), 60, 1, CPU, None, length=STEPS,
+    replay = script.EpisodeReplay(script.replay_specs(tiny.IMAGE, agent, agent.args), 60, 1, CPU, folder, length=STEPS,
                                   prioritize_ends=True)
     optimizer, rows = script.Optimizers(agent, agent.args), synthetic_rows(replay, 9, seed=rank)
     torch.manual_seed(rank)  # each rank its own experience and its own noise, as in main
@@ -111,7 +113,7 @@ def make_rows(agent, steps: int, columns: int) -> dict:
     rssm, shape = agent.world.rssm, (steps, columns)
     last = torch.rand(shape) < 0.3
     return dict(
-        image=torch.randint(256, (*shape, 16, 16, 3), dtype=torch.uint8), speed=torch.randn(*shape, 2).double(),
+        image=torch.randint(256, (*shape, 16, 16, 3), dtype=torch.uint8), vector=torch.randn(*shape, 2).double(),
         is_first=torch.rand(shape) < 0.3, is_last=last, is_terminal=last & (torch.rand(shape) < 0.5),
         reward=torch.randn(shape), action=torch.eye(ACTIONS)[torch.randint(ACTIONS, shape)].double(),
         deter=torch.rand(*shape, rssm.deter).double() * 2 - 1,
@@ -134,7 +136,7 @@ def gradients_v3(script, agent=None) -> dict[str, torch.Tensor]:
     return found | dict(percentiles=agent.behaviour.return_norm.percentiles.clone())
 
 
-def work_v3(script, rank: int) -> dict:
+def work_v3(script, rank: int, folder: Path) -> dict:
     own = gradients_v3(script, joint_loss(script, rank))
     yield
     agent = joint_loss(script, rank)
@@ -145,11 +147,11 @@ def work_v3(script, rank: int) -> dict:
     result["before"] = state(agent)
     specs = {k: (v.shape[2:], v.float().dtype if v.is_floating_point() else v.dtype)
              for k, v in make_rows(agent, 1, 1).items()}
-    replay = script.SequenceReplay(specs, 40, 1, CPU, None)
+    replay = script.SequenceReplay(specs, 40, 1, CPU, folder)
     optimizer = script.LaProp([p for n, p in agent.named_parameters() if "slow_critic" not in n], 1e-3, 0, 0.3)
     torch.manual_seed(rank)  # each rank its own experience and its own noise, as in main
     for row in range(40):
-        replay.add({k: v[0] for k, v in make_rows(agent, 1, 1).items()}, STEPS + 1)
+        replay.add({k: v[0] for k, v in make_rows(agent, 1, 1).items()})
     for _ in range(4):
         metrics = script.train_step(agent, optimizer, replay, BATCH // RANKS)
     yield result | dict(after=state(agent), optimizer=optimizer.state_dict(), loss=metrics["losses/dyn"])
@@ -189,14 +191,14 @@ def gradients_iris(script, rank: int | None = None) -> dict[str, torch.Tensor]:
     return {k: v for k, v in found.items() if "/" not in k or "grad/" in k}
 
 
-def work_iris(script, rank: int) -> dict:
+def work_iris(script, rank: int, folder: Path) -> dict:
     own = gradients_iris(script, rank)
     yield
     result = dict(own=own, mean=gradients_iris(script, rank))
     torch.manual_seed(0)
     agent = tiny.agent(script)
     result["before"] = state(agent)
-    replay = script.SegmentReplay(script.replay_specs(tiny.IMAGE, agent, agent.args), 30, 1, CPU, None)
+    replay = script.SegmentReplay(script.replay_specs(tiny.IMAGE, agent, agent.args), 30, 1, CPU, folder)
     optimizers = script.Optimizers(agent, agent.args)
     torch.manual_seed(rank)  # each rank its own experience and its own noise, as in main
     for t in range(30):
@@ -217,11 +219,13 @@ WORK = dict(dreamer_v2=work_v2, dreamer_v3=work_v3, iris=work_iris)
 
 def worker(rank: int, folder: str, name: str) -> None:
     script = load(name)
-    work = WORK[name](script, rank)
+    work = WORK[name](script, rank, Path(folder, f"replay{rank}"))
     next(work)  # alone
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     result = next(work)
-    result |= dict(sums=script.sum_ranks([rank + 1, 10], CPU), text=script.share_text(f"from {rank}"))
+    result["sums"] = script.sum_ranks([rank + 1, 10, True], CPU)
+    with mock.patch("time.time_ns", lambda: (1 + rank) * 10**15):
+        result["run"] = str(script.run_folder(script.Args(), CPU))
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -256,8 +260,10 @@ def test_ranks_stay_equal(ranks):
 
 
 def test_messages(ranks):
-    assert [rank["sums"] for rank in ranks[:2]] == [[3, 20]] * 2
-    assert [rank["text"] for rank in ranks[:2]] == ["from 0"] * 2
+    """Sums are whole numbers; a new run has one directory, though the ranks' clocks differ."""
+    assert [repr(rank["sums"]) for rank in ranks[:2]] == ["[3, 20, 2]"] * 2
+    assert ranks[0]["run"] == ranks[1]["run"]
+    assert ranks[0]["run"].endswith("__1000000000")
 
 
 # ---- all scripts: main ----

@@ -1,6 +1,5 @@
 """Environments: Atari against a bare emulator and Pillow, the ends of episodes, mapping of actions and observations."""
-import sys
-from types import ModuleType
+from types import SimpleNamespace
 
 import ale_py
 import envs
@@ -10,15 +9,13 @@ import pytest
 import tiny
 import torch
 from conftest import SCRIPTS, load
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Text
 from PIL import Image
 
 NAMES = [path.stem for path in SCRIPTS]
 RESIZE = dict(dreamer_v1="bilinear", dreamer_v2="area", dreamer_v3="bilinear", iris="bilinear", twm="area",
               dllm="bilinear", genrl="bilinear")
-# the shared blocks are the same text in every file that has them: one copy is enough
-SHARED = {part: next((load(name) for name in NAMES if hasattr(load(name), part)), None)
-          for part in ("AtariEnvs", "GymEnvs")}
+SHARED = load(NAMES[0])  # the shared blocks are the same text in every file: one copy is enough
 
 
 def make(name: str, env_id: str, num_envs: int = 1, **flags):
@@ -115,13 +112,12 @@ def test_atari_grayscale(name):
     assert len(np.unique(frame)) > 5
 
 
-@pytest.mark.skipif(not SHARED["AtariEnvs"], reason="no script with Atari yet")
 def test_resize_area_is_ale():
     """`resize_area` of the native frame is what ale-py's own resize gives."""
     raw, small = native("ALE/Breakout-v5", (210, 160)), native("ALE/Breakout-v5", (64, 64))
     big, want = raw.reset(seed=3)[0], small.reset(seed=3)[0]
     for action in ACTIONS[:60]:
-        np.testing.assert_array_equal(SHARED["AtariEnvs"].resize_area(big[:, 0], 64), want[:, 0])
+        np.testing.assert_array_equal(SHARED.resize_area(big[:, 0], 64), want[:, 0])
         big, want = (e.step(np.array([action % 4]))[0] for e in (raw, small))
 
 
@@ -171,9 +167,8 @@ def test_atari_actions_are_in_range(name, monkeypatch):
 
 
 def atari(**options):
-    return SHARED["AtariEnvs"].AtariEnvs(
-        "ALE/Breakout-v5", num_envs=2, seed=3, size=16, resize="area", grayscale=True, action_repeat=4,
-        sticky_actions=0.0, full_action_space=False, **options)
+    args = SimpleNamespace(env_id="ALE/Breakout-v5", action_repeat=4, sticky_actions=0.0)
+    return SHARED.Envs(args, 2, 3, 16, img_height=16, img_width=16, grayscale=True, **options)
 
 
 def rollout(envs_, steps: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -193,27 +188,24 @@ def check_flags(stream: dict) -> None:
     assert not (first & last).any() and (stream["reward"][first] == 0).all()
 
 
-@pytest.mark.skipif(not SHARED["AtariEnvs"], reason="no script with Atari yet")
 def test_atari_game_over_is_terminal():
     stream = rollout(atari(), 200)
     check_flags(stream)
     np.testing.assert_array_equal(stream["is_terminal"], stream["is_last"])
 
 
-@pytest.mark.skipif(not SHARED["AtariEnvs"], reason="no script with Atari yet")
 def test_atari_time_limit_is_no_death(monkeypatch):
     make_vec = gymnasium.make_vec
     limit = dict(max_num_frames_per_episode=80)
-    monkeypatch.setattr(gymnasium, "make_vec", lambda env_id, **options: make_vec(env_id, **{**options, **limit}))
+    monkeypatch.setattr(gymnasium, "make_vec", lambda *args, **options: make_vec(*args, **{**options, **limit}))
     stream = rollout(atari(), 60)
     check_flags(stream)
     assert not stream["is_terminal"].any()
 
 
-@pytest.mark.skipif(not SHARED["AtariEnvs"], reason="no script with Atari yet")
 def test_atari_lost_life():
-    """With `life_loss` a lost life is terminal and the game goes on: the same frames, the last of five lives resets."""
-    plain, lives = rollout(atari(), 200), rollout(atari(life_loss=True), 200)
+    """With `life_loss_info` a lost life is terminal, the game goes on: equal frames, the last of five lives resets."""
+    plain, lives = rollout(atari(), 200), rollout(atari(life_loss_info=True), 200)
     for field in ("image", "reward", "is_first"):
         np.testing.assert_array_equal(plain[field], lives[field])
     np.testing.assert_array_equal(lives["is_terminal"], lives["is_last"])
@@ -239,11 +231,11 @@ class Probe(gymnasium.Env):
 for env_id, kwargs in dict(Truncated=dict(end="truncate"), Terminated={}).items():
     gymnasium.register(f"{env_id}-v0", entry_point=envs.Scripted, kwargs=kwargs)
 gymnasium.register("ShortCartPole-v0", entry_point="gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=5)
-needs_gym_envs = pytest.mark.skipif(not SHARED["GymEnvs"], reason="no script with GymEnvs yet")
 
 
 def gym_envs(env_id: str, num_envs: int = 2, size: int = 16, action_repeat: int = 1, pixels: bool = False):
-    return SHARED["GymEnvs"].GymEnvs(env_id, num_envs, 3, size, action_repeat, pixels)
+    args = SimpleNamespace(env_id=env_id, action_repeat=action_repeat)
+    return SHARED.Envs(args, num_envs, 3, size, pixels=pixels)
 
 
 def probe(observation_space=Box(-1, 1, (2,)), action_space=Discrete(3)):
@@ -257,7 +249,6 @@ def probe(observation_space=Box(-1, 1, (2,)), action_space=Discrete(3)):
     return envs_, envs_.envs.envs[0].unwrapped.seen
 
 
-@needs_gym_envs
 @pytest.mark.parametrize("env_id, terminal", [
     ("Terminated-v0", True), ("Truncated-v0", False), ("ShortCartPole-v0", False)])
 def test_termination_is_not_truncation(env_id, terminal):
@@ -266,27 +257,24 @@ def test_termination_is_not_truncation(env_id, terminal):
     np.testing.assert_array_equal(stream["is_terminal"], stream["is_last"] & terminal)
 
 
-@needs_gym_envs
 def test_rows_are_aligned_with_their_cause():
     """obs_t and reward_t are caused by action_{t-1}; the step after an end ignores its action and shows the reset."""
     envs_ = gym_envs("Terminated-v0", num_envs=1)
     row, told = envs_.reset(), []
     for t in range(16):
-        told.append((row["obs"][0].tolist(), float(row["reward"][0])))
+        told.append((row["vector"][0].tolist(), float(row["reward"][0])))
         row = envs_.step(one_hot(t % 3, 3))
     within = [(t % 8, t // 8) for t in range(16)]  # seven steps and the reset: each episode takes eight rows
     assert told == [([step, (8 * episode + step - 1) % 3 + 1 if step else 0, 1], step) for step, episode in within]
 
 
-@needs_gym_envs
 def test_seeds():
     """The same seed gives the same start, each environment its own."""
-    first, again = (gym_envs("CartPole-v1").reset()["obs"] for _ in range(2))
+    first, again = (gym_envs("CartPole-v1").reset()["vector"] for _ in range(2))
     np.testing.assert_array_equal(first, again)
     assert (first[0] != first[1]).any() and first.dtype == np.float32 and first.shape == (2, 4)
 
 
-@needs_gym_envs
 def test_box_actions_are_mapped_to_their_bounds():
     """[-1, 1] covers finite bounds, larger values are clipped first; an unbounded dimension gets the clipped value."""
     space = Box(np.array([-2, 0, -np.inf, 10], np.float32), np.array([4, 1, np.inf, 20], np.float32))
@@ -300,7 +288,6 @@ def test_box_actions_are_mapped_to_their_bounds():
     assert all(space.contains(action) for action in seen)
 
 
-@needs_gym_envs
 def test_box_actions_of_any_shape():
     envs_, seen = probe(action_space=Box(-1, 3, (2, 2)))
     envs_.reset()
@@ -308,7 +295,6 @@ def test_box_actions_of_any_shape():
     np.testing.assert_allclose(seen, [[[-1, 1], [2, 3]]])
 
 
-@needs_gym_envs
 def test_discrete_actions_with_an_offset():
     envs_, seen = probe(action_space=Discrete(3, start=5))
     envs_.reset()
@@ -317,41 +303,53 @@ def test_discrete_actions_with_an_offset():
     assert envs_.discrete and envs_.action_dim == 3 and [int(action) for action in seen] == [5, 6, 7]
 
 
-@needs_gym_envs
 def test_dict_observations():
-    """Vectors are flattened to float32, images are resized and stacked by channel in the order of their names."""
+    """Vectors of any type and shape are flattened and joined in the order of their names; images are resized and
+    stacked by channel in that order."""
     space = Dict(b=Box(0, 255, (16, 16, 1), np.uint8), a=Box(0, 255, (32, 24, 3), np.uint8),
-                 v=Box(-1, 1, (2, 2), np.float64), s=Box(0, 1, (), np.float32))
+                 w=Box(-9, 9, (3,), np.int64), v=Box(-1, 1, (2, 2), np.float64), s=Box(0, 1, (), np.float32),
+                 u=Box(0, 255, (2,), np.uint8))
     envs_, _ = probe(observation_space=space)
     row = envs_.reset()
     space.seed(3)
     obs = space.sample()
-    assert envs_.shapes == {"image": (16, 16, 4), "v": (4,), "s": (1,)}
+    assert envs_.shapes == {"image": (16, 16, 4), "vector": (1, 2, 4, 3)}
     np.testing.assert_array_equal(row["image"][0, ..., 3:], obs["b"])
-    np.testing.assert_array_equal(row["image"][..., :3], SHARED["GymEnvs"].resize_area(obs["a"][None], 16))
-    np.testing.assert_array_equal(row["v"][0], obs["v"].flatten().astype(np.float32))
-    np.testing.assert_array_equal(row["s"], np.array([[obs["s"]]]))
-    assert row["v"].dtype == np.float32 and row["image"].dtype == np.uint8
+    np.testing.assert_array_equal(row["image"][..., :3], SHARED.resize_area(obs["a"][None], 16))
+    joined = np.array([[obs["s"], *obs["u"], *obs["v"].flat, *obs["w"]]], np.float32)
+    np.testing.assert_array_equal(row["vector"], joined)
+    assert row["vector"].dtype == np.float32 and row["image"].dtype == np.uint8
 
 
-@needs_gym_envs
+@pytest.mark.parametrize("spaces, named", [
+    (dict(observation_space=Box(0, 255, (3, 16, 16), np.uint8)), "(3, 16, 16)"),
+    (dict(observation_space=Box(0, 1, (16, 16, 3), np.float32)), "float32"),
+    (dict(observation_space=Dict(words=Text(5), vector=Box(-1, 1, (2,)))), "Text"),
+    (dict(observation_space=Dict(number=Discrete(5), vector=Box(-1, 1, (2,)))), "Discrete(5)"),
+    (dict(action_space=MultiDiscrete([2, 3])), "MultiDiscrete([2 3])"),
+], ids=["channels first", "float image", "text", "discrete", "several actions"])
+def test_other_spaces_are_refused(spaces, named, capsys):
+    with pytest.raises(SystemExit) as end:
+        probe(**spaces)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: Probe-v0: ") and named in line
+
+
 def test_toy_dict():
     stream = rollout(gym_envs("CountingDict-v0"), 9)
     shapes = {key: value.shape[2:] for key, value in stream.items() if value.ndim > 2}
-    assert shapes == dict(image=(16, 16, 3), vector=(4,), scalar=(1,))
-    np.testing.assert_array_equal(stream["scalar"][:, 0, 0], [*range(8), 0, 1])
+    assert shapes == dict(image=(16, 16, 3), vector=(1 + 4,))
+    np.testing.assert_array_equal(stream["vector"][:, 0, 0], [*range(8), 0, 1])
 
 
-@needs_gym_envs
 def test_action_repeat():
     """Rewards (1, 2, 3, ...) are summed; the episode of seven steps ends in the middle of the third repetition."""
     stream = rollout(gym_envs("Terminated-v0", num_envs=1, action_repeat=3), 4)
     assert stream["reward"][:, 0].tolist() == [0, 1 + 2 + 3, 4 + 5 + 6, 7, 0]
-    assert stream["obs"][:, 0, 0].tolist() == [0, 3, 6, 7, 0]
+    assert stream["vector"][:, 0, 0].tolist() == [0, 3, 6, 7, 0]
     assert stream["is_last"][:, 0].tolist() == [False, False, False, True, False]
 
 
-@needs_gym_envs
 def test_pixels():
     """--pixels shows the rendered picture, and nothing else."""
     pytest.importorskip("pygame")
@@ -359,7 +357,7 @@ def test_pixels():
     row, frame = envs_.reset(), envs_.envs.envs[0].render()
     assert envs_.shapes == {"image": (64, 64, 3)} and envs_.action_dim == 2
     assert set(row) == {"image", "reward", "is_first", "is_last", "is_terminal"}
-    np.testing.assert_array_equal(row["image"], SHARED["GymEnvs"].resize_area(frame[None], 64))
+    np.testing.assert_array_equal(row["image"], SHARED.resize_area(frame[None], 64))
     for _ in range(8):
         moved = envs_.step(one_hot(0, 2))["image"]
     assert (row["image"] != moved).any()
@@ -418,24 +416,31 @@ def test_image_observations_are_taken_as_they_are(name):
     assert envs_.shapes == {"image": (64, 64, 3)} and image.max() == 255
 
 
-class Control(RenderedDict):
+class Control(gymnasium.Env):
     """Takes how to render, as DeepMind Control's environments do."""
 
+    metadata = dict(render_modes=["rgb_array"])
+    observation_space, action_space = Dict(a=Box(-1, 1, (2,), np.float32)), Box(-1, 1, (1,), np.float32)
+
     def __init__(self, render_mode=None, render_kwargs=None):
-        super().__init__(render_mode)
-        self.render_kwargs = render_kwargs
+        self.render_mode, self.render_kwargs = render_mode, render_kwargs
+
+    def reset(self, *, seed=None, options=None):
+        return dict(a=np.zeros(2, np.float32)), {}
+
+    def render(self):
+        return np.zeros((self.render_kwargs["height"], self.render_kwargs["width"], 3), np.uint8)
 
 
-@needs_gym_envs
 @pytest.mark.parametrize("task, camera", [("walker-walk", 0), ("quadruped-run", 2)])
 def test_control_is_rendered_small_by_the_official_camera(task, camera, monkeypatch):
     env_id = f"dm_control/{task}-v0"
-    monkeypatch.setitem(sys.modules, "shimmy", ModuleType("shimmy"))
     monkeypatch.setitem(gymnasium.registry, env_id, gymnasium.envs.registration.EnvSpec(env_id, Control))
+    args = SimpleNamespace(env_id=env_id, action_repeat=1)
     for size in (64, 32):
-        (made,) = gym_envs(env_id, num_envs=1, size=size, pixels=True).envs.envs
+        (made,) = SHARED.Envs(args, 1, 0, size, pixels=True).envs.envs
         assert made.unwrapped.render_kwargs == dict(height=size, width=size, camera_id=camera)
-    assert gym_envs(env_id, num_envs=1, pixels=False).envs.envs[0].unwrapped.render_kwargs is None
+    assert SHARED.Envs(args, 1, 0, 64, pixels=False).envs.envs[0].unwrapped.render_kwargs is None
 
 
 def area(image: np.ndarray, size: int) -> np.ndarray:
@@ -445,13 +450,23 @@ def area(image: np.ndarray, size: int) -> np.ndarray:
     return np.rint(fine.mean((1, 3)))
 
 
-@needs_gym_envs
 @pytest.mark.parametrize("shape", [(32, 32, 3), (20, 28, 1), (8, 12, 3)])
 def test_resize_area_is_an_average(shape):
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    got = SHARED["GymEnvs"].resize_area(image[None], 16)[0].astype(float)
+    got = SHARED.resize_area(image[None], 16)[0].astype(float)
     off = np.abs(got - area(image, 16))
     assert off.max() <= 1 and off.mean() < 0.01  # halves may round either way
+
+
+@pytest.mark.parametrize("shape", [(210, 160, 3), (64, 64, 3), (96, 64, 3), (16, 16, 1), (20, 28, 1), (400, 600, 4)])
+def test_resize_is_bilinear(shape):
+    """Antialiased as Pillow's, smaller or larger, channel by channel; an image of the right size stays."""
+    images = np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8)
+    got = SHARED.resize(images, 64)
+    assert got.shape == (2, 64, 64, shape[-1]) and got.dtype == np.uint8
+    for image, small in zip(images, got):
+        off = np.abs(small.astype(int) - np.stack([pillow(channel, 64) for channel in image.transpose(2, 0, 1)], -1))
+        assert off.max() <= 1 and off.mean() < 0.01 and (shape[:2] != (64, 64) or off.max() == 0)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if hasattr(load(name), "Episodes")])

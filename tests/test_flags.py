@@ -31,8 +31,8 @@ gymnasium.register("ShortCart-v0", entry_point="gymnasium.envs.classic_control:C
 def short_games(monkeypatch):
     """Some scripts learn from whole episodes only: games of Atari end after seven policy steps."""
     make_vec = gymnasium.make_vec
-    monkeypatch.setattr(gymnasium, "make_vec", lambda env_id, **options: make_vec(
-        env_id, **{**options, **(dict(max_num_frames_per_episode=28) if env_id.startswith("ALE/") else {})}))
+    monkeypatch.setattr(gymnasium, "make_vec", lambda env_id, *args, **options: make_vec(
+        env_id, *args, **{**options, **(dict(max_num_frames_per_episode=28) if env_id.startswith("ALE/") else {})}))
 
 
 def choices() -> list:
@@ -140,7 +140,7 @@ def test_every_gradient_for_all_actions(name, env_id, tmp_path):
     for kind in ("auto", "reinforce", "dynamics", "both"):
         run = tiny.run(name, tmp_path / kind, **SHORT, env_id=env_id, actor_grad=kind, video_every=0)
         assert updates(run) == 2
-        weights = torch.load(run / "policy.pt", weights_only=True)["agent"]
+        weights = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
         actors[kind] = torch.cat([value.flatten() for key, value in weights.items() if "actor" in key])
     auto = "reinforce" if env_id == "envs:Catch-v0" else "dynamics"
     same = {kind for kind in actors if torch.equal(actors[kind], actors["auto"])}
@@ -148,20 +148,17 @@ def test_every_gradient_for_all_actions(name, env_id, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if tiny.has(name, "pixels")])
-def test_names_of_observations(name, tmp_path, capsys):
-    """Entries of a Dict named like something in replay, losses or PyTorch work, or else get one clear line."""
-    try:
-        assert updates(tiny.run(name, tmp_path / "run", **SHORT, env_id="Names-v0")) > 0
-    except SystemExit as end:
-        assert end.code == 2 and capsys.readouterr().err.startswith("error: Names-v0: observation")
+def test_names_of_observations(name, tmp_path):
+    """Entries of a Dict may be named like something in replay, losses or PyTorch."""
+    assert updates(tiny.run(name, tmp_path / "run", **SHORT, env_id="Names-v0")) > 0
 
 
 @each_script
 def test_evaluation_only(name, tmp_path, capsys):
-    """--eval-only plays with policy.pt, from the run directory or the file, and trains nothing."""
+    """--eval-only plays with checkpoint.pt, from the run directory or the file, and trains nothing."""
     run = tiny.run(name, tmp_path / "run", **short(name))
     before = {path: path.stat().st_mtime_ns for path in run.glob("*.pt")}
-    for number, checkpoint in enumerate((run, run / "policy.pt")):
+    for number, checkpoint in enumerate((run, run / "checkpoint.pt")):
         script = load(name)
         argv = ["--eval-only", f"--checkpoint={checkpoint}", f"--eval-episodes={2 + number}"]
         script.main(script.parse_args(argv))

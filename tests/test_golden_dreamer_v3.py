@@ -88,7 +88,8 @@ def make_behaviour(feat, action_dim, discrete=True, **flags):
 
 def blank_rows(count, dtype):
     """Replay rows (count,1,...) for size1m with a vector of three and two actions."""
-    sizes = dict(obs=(3,), action=(2,), deter=(512,), stoch=(128,), reward=(), is_first=(), is_last=(), is_terminal=())
+    sizes = dict(vector=(3,), action=(2,), deter=(512,), stoch=(128,)) | dict.fromkeys(
+        ("reward", "is_first", "is_last", "is_terminal"), ())
     return {k: torch.zeros(count, 1, *size, dtype=torch.bool if k[:3] == "is_" else dtype) for k, size in sizes.items()}
 
 
@@ -161,8 +162,8 @@ def test_lambda_return():
 
 def test_atari_image():
     for size, gray, name in ((64, False, "atari_rgb64"), (96, True, "atari_gray96")):
-        envs = object.__new__(v3.AtariEnvs)
-        vars(envs).update(size=size, native=False, grayscale=gray, images=["obs"], vectors=[], over=False)
+        envs = object.__new__(v3.Envs)
+        vars(envs).update(size=size, atari=True, gray=gray, images=["obs"], vectors=[], over=False)
         frame = torch.maximum(given("atari_frame1"), given("atari_frame2")).numpy()  # the maximum is ale-py's part
         equal(envs._row(frame[None, None], *[np.zeros(1, bool)] * 3)["image"][0], name)
 
@@ -173,25 +174,24 @@ def test_annotate():
     equal(batch["is_last"].T, "ann_is_last_out")
 
 
-def make_replay(**specs):
+def make_replay(folder, **specs):
     flags = {k: ((), torch.bool) for k in ("is_first", "is_last")}
-    return v3.SequenceReplay(dict(flags, **specs), 100, 1, torch.device("cpu"), None)
+    return v3.SequenceReplay(dict(flags, **specs), 100, 1, torch.device("cpu"), folder)
 
 
-def test_online_queue():
-    replay = make_replay(record=((), torch.int64))
+def test_online_queue(tmp_path):
+    replay = make_replay(tmp_path, record=((), torch.int64))
     while replay.starts(3) < expected("online_items"):
-        replay.add(dict(is_first=[False], is_last=[False], record=[replay.rows]), 3)
-    batch, _ = replay.sample(len(replay.queue), 3)
-    equal(batch["record"].T, "online_queue_seqs")
-    assert replay.queue == []
+        replay.add(dict(is_first=[False], is_last=[False], record=[replay.rows]))
+    batch, _ = replay.sample(50, 3)
+    equal(batch["record"].T[: replay.online], "online_queue_seqs")
 
 
-def test_replay_context():
-    replay = make_replay(action=((), torch.int64), reward=((), F32), deter=((2,), F32), stoch=((), F32))
+def test_replay_context(tmp_path):
+    replay = make_replay(tmp_path, action=((), torch.int64), reward=((), F32), deter=((2,), F32), stoch=((), F32))
     rows = {k: given(f"ctx_{k}", F32)[0] for k in ("action", "reward", "is_first", "deter")}
     for row in zip(*rows.values()):
-        replay.add(dict({k: v[None] for k, v in zip(rows, row)}, is_last=[False], stoch=[0.0]), 6)
+        replay.add(dict({k: v[None] for k, v in zip(rows, row)}, is_last=[False], stoch=[0.0]))
     batch, index = replay.sample(1, 6)
     carry, obs = v3.split_context(batch)
     equal(carry["action"].T, "ctx_out_prevact")
@@ -234,22 +234,22 @@ def test_zero_head():
 
 
 def test_encoder():
-    net = v3.Encoder({"vec": (3,), "image": (48, 48, 3)}, units=6, depth=2, layers=2).double()
+    net = v3.Encoder({"vector": (3,), "image": (48, 48, 3)}, units=6, depth=2, layers=2).double()
     for i in range(4):
         fill(net.convs[i], f"enc_w:enc/cnn{i}")
         fill(net.norms[i], f"enc_w:enc/cnn{i}")
     for i in range(2):
         fill(net.mlp[2 * i], f"enc_w:enc/mlp{i}")
         fill(net.mlp[2 * i + 1], f"enc_w:enc/mlp{i}")
-    close(net(dict(image=given("enc_image")[None], vec=given("enc_vec")[None]))[0], "enc_tokens")
+    close(net(dict(image=given("enc_image")[None], vector=given("enc_vec")[None]))[0], "enc_tokens")
 
 
 def test_decoder():
-    net = v3.Decoder({"vec": (3,), "image": (48, 48, 3)}, deter=16, stoch=12, units=6, depth=2, layers=2).double()
+    net = v3.Decoder({"vector": (3,), "image": (48, 48, 3)}, deter=16, stoch=12, units=6, depth=2, layers=2).double()
     for i in range(2):
-        fill(net.mlp[2 * i], f"dec_w:dec/mlp/linear{i}")
-        net.mlp[2 * i + 1].load_state_dict(dict(weight=given(f"dec_w:dec/mlp/norm{i}/scale")))
-    layers = {"vec/vec/pred": net.outs["vec"], "imgout": net.convs[3],
+        fill(net.mlp[0][2 * i], f"dec_w:dec/mlp/linear{i}")
+        net.mlp[0][2 * i + 1].load_state_dict(dict(weight=given(f"dec_w:dec/mlp/norm{i}/scale")))
+    layers = {"vec/vec/pred": net.mlp[1][0], "imgout": net.convs[3],
               "sp0": net.from_deter, "sp1": net.from_stoch[0][0], "sp2": net.from_stoch[1]}
     norms = {"sp1": net.from_stoch[0][1], "sp": net.norms[0]}
     for i in range(3):  # the official convolutions count down
@@ -257,11 +257,11 @@ def test_decoder():
     for name, layer in [*layers.items(), *norms.items()]:
         fill(layer, f"dec_w:dec/{name}")
     deter, stoch = given("dec_deter")[None], given("dec_stoch").flatten(1)[None]
-    obs = dict(image=given("enc_image")[None], vec=given("enc_vec")[None])
+    obs = dict(image=given("enc_image")[None], vector=given("enc_vec")[None])
     out, loss = net(deter, stoch), net.loss(deter, stoch, obs)
-    for key in obs:
-        close(out[key][0], f"dec_{key}")
-        close(loss[key][0], f"dec_{key}_loss")
+    for key, name in dict(image="dec_image", vector="dec_vec").items():
+        close(out[key][0], name)
+        close(loss[key][0], f"{name}_loss")
 
 
 def test_rssm_cell_and_prior(rssm):
@@ -299,7 +299,7 @@ def test_imagination(rssm):
 
 
 def test_continue(monkeypatch):
-    world, behaviour = v3.WorldModel({"obs": (3,)}, 2, ARGS).double(), make_behaviour(640, 2, imag_horizon=5)
+    world, behaviour = v3.WorldModel({"vector": (3,)}, 2, ARGS).double(), make_behaviour(640, 2, imag_horizon=5)
     logits, terminal = given("con_logit")[:, None, None].requires_grad_(), given("con_is_terminal")[:, None]
     monkeypatch.setattr(world.cont, "forward", lambda feat: logits)
     batch = blank_rows(7, F64)
@@ -426,7 +426,7 @@ def test_learning_rate():
 
 def test_slow_critic():
     """Through train_step with learning rate 0; the official numbers are a corner of one layer."""
-    agent = v3.Agent({"obs": (3,)}, 2, True, v3.Args(size="size1m", batch_length=2, imag_horizon=2))
+    agent = v3.Agent({"vector": (3,)}, 2, True, v3.Args(size="size1m", batch_length=2, imag_horizon=2))
     critic, slow = agent.behaviour.critic[1].weight.data[:3, :5], agent.behaviour.slow_critic[1].weight.data[:3, :5]
     critic.copy_(given("slow_fast", F32))
     slow.copy_(given("slow_before", F32))

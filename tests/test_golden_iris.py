@@ -526,15 +526,15 @@ def test_resize():
     raw = np.floor(256 * uniforms(seed, 4 * 210 * 160 * 3)).astype(np.uint8).reshape(4, 210, 160, 3)
     raw = raw[:, ::7, ::5].repeat(7, 1).repeat(5, 2)
     assert np.array_equal(raw[:, ::70, ::50], expected("env/raw_check").numpy())
-    small = iris.resize_bilinear(raw[2:], 64).astype(int)
+    small = iris.resize(raw[2:], 64).astype(int)
     for ours, name in (small[1], "env/resized_last"), (small.max(0), "env/max_of_last_two_resized"):
         assert np.abs(ours - expected(name).numpy()).max() <= 1, name
 
 
-def test_segments():
+def test_segments(tmp_path):
     """One episode of seven steps, whose last one is its end."""
     specs = iris.replay_specs({"image": (1,)}, None, None)
-    replay = iris.SegmentReplay(specs, 20, 1, CPU, None)
+    replay = iris.SegmentReplay(specs, 20, 1, CPU, tmp_path)
     for t in range(7):
         row = dict(image=torch.full((1, 1), t), is_last=[False])
         replay.add(row, np.zeros(1), dict(reward=np.zeros(1), is_last=np.array([t == 6])))

@@ -39,9 +39,9 @@ def random_rows(agent, steps=6, batch=3, seed=0):
                 stoch=F.one_hot(torch.randint(2, (*lead, rssm.stoch)), 2).flatten(-2).byte())
 
 
-def random_replay(m, agent, shapes, count, batch_length):
-    """A replay in memory with `count` random rows of one environment whose episodes have 9 rows."""
-    replay = m.SequenceReplay(m.replay_specs(shapes, agent, agent.args), count, 1, torch.device("cpu"), None)
+def random_replay(m, agent, shapes, count, folder):
+    """A new replay with `count` random rows of one environment whose episodes have 9 rows."""
+    replay = m.SequenceReplay(m.replay_specs(shapes, agent, agent.args), count, 1, torch.device("cpu"), folder)
     rssm = agent.world.rssm
     torch.manual_seed(0)
     for i in range(count):
@@ -50,7 +50,7 @@ def random_replay(m, agent, shapes, count, batch_length):
         row.update(is_first=first, is_last=last, is_terminal=last, reward=torch.randn(1),
                    action=torch.eye(3)[i % 3][None], deter=torch.randn(1, rssm.deter),
                    stoch=F.one_hot(torch.randint(rssm.classes, (1, rssm.stoch)), rssm.classes).flatten(-2))
-        replay.add(row, batch_length + 1)
+        replay.add(row)
     return replay
 
 

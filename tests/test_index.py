@@ -26,16 +26,22 @@ MUTATED = {name: (name, *cases[2]) for name, cases in CASES.items()}  # the case
 
 
 def play(folder, name, env_id, num_envs):
-    """A run of 200 policy steps, with a few updates -> module, environment id, checkpoint, directory, replay arrays."""
+    """A run of 200 policy steps, with a few updates -> module, environment id, checkpoint, what opens its replay, and
+    the rows in that."""
     flags = dict(train_every=10) if tiny.has(name, "train_every") else dict(train_ratio=2)
     folder = tiny.run(name, folder, env_id=env_id, num_envs=num_envs, total_timesteps=200, eval_episodes=0,
                       video_every=0, learning_starts=180, log_every=1000, **flags)
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    ring = {path.stem: np.load(path) for path in (folder / "replay0").glob("*.npy") if path.stem != "rows"}
+    m, args = load(name), load(name).Args(**saved["args"])
+    envs = m.make_envs(args, 1, 0)
+    specs = m.replay_specs(envs.shapes, m.Agent(envs.shapes, envs.action_dim, envs.discrete, args), args)
+    place = specs, saved["capacity"], num_envs, torch.device("cpu"), folder / "replay0"
     count, size = saved["replay"]["rows"], saved["replay"]["size"]
     # resetting rows are not steps, so that a ring may have wrapped around: put the rows into their order
-    rows = {k: v[np.arange(count - size, count) % len(v)] for k, v in ring.items()}
-    return load(name), env_id, saved, folder, rows
+    order = np.arange(count - size, count) % saved["capacity"]
+    rows = {k: v[order].numpy() for k, v in m.Storage(*place, new=False).data.items()}
+    assert (rows.pop("number").T == np.arange(count - size, count)).all()
+    return m, env_id, saved, place, rows
 
 
 @pytest.fixture(scope="module", ids=lambda case: "-".join(map(str, case)), params=[
@@ -46,7 +52,7 @@ def played(request, tmp_path_factory):
 
 def observed(rows):
     """(step, code) of the rows' observations, vectors or images; an image shows the same everywhere."""
-    obs = rows["obs"] if "obs" in rows else rows["image"][..., 0, 0, :]
+    obs = rows["vector"] if "vector" in rows else rows["image"][..., 0, 0, :]
     return obs[..., 0], obs[..., 1]
 
 
@@ -91,20 +97,18 @@ def test_steps_are_decisions(played):
 
 def test_training_sequences(played):
     """What the world model gets: the action at step t is the one that led to observation t."""
-    m, env_id, saved, folder, rows = played
+    m, env_id, saved, place, _ = played
     arrival = saved["algorithm"] in tiny.ARRIVAL
-    specs = {k: (v.shape[2:], torch.from_numpy(v[:1]).dtype) for k, v in rows.items()}
-    place = specs, saved["capacity"], rows["reward"].shape[1], torch.device("cpu"), folder / "replay0"
     torch.manual_seed(0)
     if arrival:
-        replay = m.EpisodeReplay(*place, length=6, prioritize_ends=True)
+        replay = m.EpisodeReplay(*place, new=False, length=6, prioritize_ends=True)
         replay.load_state_dict(saved["replay"])
         obs = replay.sample(200)
         action = obs["action"]
         assert obs["reward"].shape == (6, 200)
         assert torch.equal(obs["is_first"][0], torch.ones(200).bool()) and not obs["is_first"][1:].any()
     else:
-        replay = m.SequenceReplay(*place)
+        replay = m.SequenceReplay(*place, new=False)
         replay.load_state_dict(saved["replay"])
         batch, index = replay.sample(200, 9)
         carry, obs = m.split_context(batch)

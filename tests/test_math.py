@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load
+from conftest import SCRIPTS, load
 from torch import nn
 
 F64 = torch.float64
@@ -142,16 +142,18 @@ def test_return_scale_starts_small_and_takes_all_returns_together(v3):
 # ---- networks ----
 
 
+@pytest.mark.parametrize("m", ids=lambda m: m.__name__, argvalues=[
+    load(path.stem) for path in SCRIPTS if hasattr(load(path.stem), "linear")])
 @pytest.mark.parametrize("rows, slow_mkl, by_convolution", [
     (512, True, True), (512, False, False), (496, True, False), (520, True, False)])
 @pytest.mark.parametrize("bias", [None, rand(5)])
-def test_dense_layer_of_many_rows(v3, monkeypatch, rows, slow_mkl, by_convolution, bias):
+def test_dense_layer_of_many_rows(m, monkeypatch, rows, slow_mkl, by_convolution, bias):
     used = []
-    monkeypatch.setattr(v3.F, "conv2d", lambda *args, plain=F.conv2d: used.append(1) or plain(*args))
-    monkeypatch.setattr(v3, "SLOW_MKL", slow_mkl)
+    monkeypatch.setattr(m.F, "conv2d", lambda *args, plain=F.conv2d: used.append(1) or plain(*args))
+    monkeypatch.setattr(m, "SLOW_MKL", slow_mkl)
     x, weight = rand(4, rows // 4, 7).requires_grad_(), rand(9, 5).requires_grad_()
     inputs, out = (x[..., 1:], weight.T[:, :6], bias), rand(4, rows // 4, 5)  # nothing is contiguous
-    ours, plain = v3.linear(*inputs), F.linear(*inputs)
+    ours, plain = m.linear(*inputs), F.linear(*inputs)
     assert ours.shape == plain.shape and bool(used) is by_convolution
     assert relative(ours, plain) < 1e-12
     for a, b in zip(*(torch.autograd.grad((out * y).sum(), (x, weight)) for y in (ours, plain))):
@@ -189,6 +191,21 @@ def test_decoder_reads_blocks_row_by_row(v3):
     for norm, conv in zip(net.norms, net.convs):
         x = conv(norm(x))
     assert relative(net(deter, stoch)["image"][0], x.sigmoid()) < 1e-12
+
+
+def test_each_part_of_a_vector_has_its_own_output_layer(v3):
+    """Gradients are clipped per tensor: parts that share one would be clipped together. The encoder needs one layer."""
+    net = shake(v3.Decoder({"vector": (2, 1, 4)}, deter=16, stoch=12, units=6, depth=4, layers=2))
+    hidden, outs = net.mlp
+    assert [tuple(p.shape) for p in outs.parameters()] == [(2, 6), (2,), (1, 6), (1,), (4, 6), (4,)]
+    deter, stoch, target = rand(3, 2, 16), rand(3, 2, 12), 3 * rand(3, 2, 7)
+    x = hidden(torch.cat([stoch, deter], -1))
+    plain = torch.cat([x @ layer.weight.T + layer.bias for layer in outs], -1)
+    assert relative(net(deter, stoch)["vector"], plain) < 1e-12
+    loss = (plain - target.sign() * (1 + target.abs()).log()).square().sum(-1)
+    assert relative(net.loss(deter, stoch, dict(vector=target))["vector"], loss) < 1e-12
+    encoder = shake(v3.Encoder({"vector": (2, 1, 4)}, units=6, depth=4, layers=2))
+    assert encoder.mlp[0].weight.shape == (6, 7) and encoder(dict(vector=target)).shape == (3, 2, 6)
 
 
 def rssm_case(v3):
@@ -264,7 +281,7 @@ def test_hoisted_observe_equals_the_plain_scan(v3, defer):
 
 
 def test_a_new_agent_predicts_zero_and_acts_at_random(v3):
-    agent = v3.Agent({"obs": (3,)}, 18, True, v3.Args(size="size1m"))
+    agent = v3.Agent({"vector": (3,)}, 18, True, v3.Args(size="size1m"))
     world, behaviour, feat = agent.world, agent.behaviour, torch.randn(100, agent.world.feat)
     for net in (world.reward, behaviour.critic, behaviour.slow_critic):
         assert (v3.twohot_mean(net(feat), world.bins) == 0).all()
@@ -273,14 +290,14 @@ def test_a_new_agent_predicts_zero_and_acts_at_random(v3):
 
 
 def test_total_loss_and_which_critic_state_and_row_each_term_uses(v3):
-    agent = shake(v3.Agent({"obs": (3,)}, 2, True, v3.Args(size="size1m", batch_length=4, imag_horizon=3)))
+    agent = shake(v3.Agent({"vector": (3,)}, 2, True, v3.Args(size="size1m", batch_length=4, imag_horizon=3)))
     flags = {k: torch.rand(5, 2) < 0.3 for k in ("is_first", "is_last", "is_terminal")}
-    batch = dict(flags, obs=rand(5, 2, 3), action=rand(5, 2, 2), reward=rand(5, 2), deter=rand(5, 2, 512),
+    batch = dict(flags, vector=rand(5, 2, 3), action=rand(5, 2, 2), reward=rand(5, 2), deter=rand(5, 2, 512),
                  stoch=F.one_hot(torch.randint(4, (5, 2, 32)), 4).flatten(-2))
     noise = {k: x.double() for k, x in agent.noise(2, torch.device("cpu")).items()}
     total, post, metrics = agent.loss(batch, noise)
     found = {k[7:]: v for k, v in metrics.items() if k.startswith("losses/")}
-    scales = dict(obs=1, reward=1, cont=1, dyn=1, rep=0.1, policy=1, value=1, repval=0.3)
+    scales = dict(vector=1, reward=1, cont=1, dyn=1, rep=0.1, policy=1, value=1, repval=0.3)
     assert found.keys() == scales.keys()
     assert total.item() == pytest.approx(sum(scale * found[k].item() for k, scale in scales.items()))
 
@@ -351,8 +368,8 @@ def test_parameter_counts_by_module(v3, size, expected):
     ("size1m", 640_867, None), ("size12m", 9_738_019, 10_494_158), ("size200m", None, 165_948_686)])
 def test_parameter_counts_of_walker(v3, size, proprio, vision):
     """DeepMind Control walker: six continuous actions, and three vectors or an image."""
-    vectors = dict(orientations=(14,), height=(1,), velocity=(9,))
-    for shapes, expected in ((vectors, proprio), (RGB, vision)):
+    vectors = (1, 14, 9)  # height, orientations, velocity
+    for shapes, expected in (({"vector": vectors}, proprio), (RGB, vision)):
         assert expected in (None, sum(counts(v3, shapes, 6, discrete=False, size=size).values()))
 
 
@@ -390,7 +407,7 @@ def test_optimiser_equals_its_scalar_form(v3):
 
 
 def test_first_update_changes_nothing_and_the_second_everything(v3):
-    agent = v3.Agent({"obs": (3,)}, 2, True, v3.Args(size="size1m"))
+    agent = v3.Agent({"vector": (3,)}, 2, True, v3.Args(size="size1m"))
     args, params = agent.args, dict(agent.named_parameters())
     optimizer = v3.LaProp(params.values(), args.lr, args.warmup, args.agc)
     for changed in (False, True):

@@ -55,7 +55,7 @@ def test_episodes(smoke):
 def test_files(smoke):
     name, run, *_ = smoke
     assert {path.name for path in run.iterdir() if "events" not in path.name} >= {
-        "args.json", f"{name}.py", "versions.txt", "checkpoint.pt", "checkpoint_prev.pt", "policy.pt", "videos"}
+        "args.json", f"{name}.py", "versions.txt", "checkpoint.pt", "checkpoint_prev.pt", "replay0", "videos"}
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 24 and checkpoint["updates"] == UPDATES[name]
     assert checkpoint["args"] == json.loads((run / "args.json").read_text())
