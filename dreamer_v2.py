@@ -509,7 +509,7 @@ class Storage:
 
     def flush(self) -> None:
         """Bring the files up to date, so that a checkpoint may count on all rows."""
-        new = torch.arange(max(self.flushed, self.rows - self.size), self.rows) % self.capacity
+        new = torch.arange(self.flushed, self.rows) % self.capacity
         for name, file in self.files.items():
             if self.device.type != "cpu":
                 file[new] = self.data[name][new.to(self.device)].cpu()
@@ -523,8 +523,8 @@ class Storage:
     def load_state_dict(self, state: dict) -> None:
         """Continue at a checkpoint, without the old rows that were overwritten after it was made."""
         self.rows = self.flushed = state["rows"]
-        newest = torch.arange(self.rows - 1, self.rows - 1 - state["size"], -1)
-        self.size = int((self.files["number"][newest % self.capacity, 0] == newest).cumprod(0).sum())
+        saved = torch.arange(self.rows - state["size"], self.rows)
+        self.size = int((self.files["number"][saved % self.capacity, 0] == saved).sum())
 
 
 def replay_device(specs: dict, rows: int, args, device: torch.device, beside: int = 0) -> torch.device:
@@ -534,7 +534,8 @@ def replay_device(specs: dict, rows: int, args, device: torch.device, beside: in
     row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
     fits = device.type == "cuda" and (row + beside) * rows <= torch.cuda.mem_get_info(device)[0] / 2
     if args.buffer_device == "cuda" and not fits:
-        fail(f"--buffer-device cuda: replay needs a GPU with {(row + beside) * rows / 2**29:.1f} GiB of free memory")
+        free = (row + beside) * rows / 2**29
+        fail(f"--buffer-device cuda needs a GPU with {free:.1f} GiB of free memory, or a smaller --buffer-size")
     device = device if fits and args.buffer_device != "cpu" else torch.device("cpu")
     print(f"replay: {rows:,} rows x {row:,} bytes = {row * rows / 2**30:.2f} GiB, {device.type}")
     return device
