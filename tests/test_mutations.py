@@ -744,6 +744,8 @@ MUTATIONS = dict(iris=[
     ("runs of other seeds", "__{args.seed}__", "__{args.seed}", "test_resume:test_resume_auto"),
     ("the run directory is a file", "return run.parent if run.is_file() else run", "return run",
      "test_resume:test_resume_from", dict(file="checkpoint.pt")),
+    ("ranks draw the same after a resume", "    if rank == 0:\n        torch.set_rng_state",
+     "    if True:\n        torch.set_rng_state", "test_resume:test_random_numbers_of_ranks", dict(rank=1)),
     ("a second Ctrl-C waits too", "if number == signal.SIGINT:", "if False:", "test_resume:test_second_signal",
      dict(number="SIGINT")),
     ("a second SIGTERM kills", "if number == signal.SIGINT:", "if True:", "test_resume:test_second_signal",

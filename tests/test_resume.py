@@ -240,6 +240,19 @@ def test_signals_save_and_exit_0(name, number, tmp_path):
     assert check_rows(run)["step"] == int(re.search(rf"saved at step (\d+); continue with --resume {run}", out)[1])
 
 
+@one_script
+@pytest.mark.parametrize("rank", [0, 1])
+def test_random_numbers_of_ranks(name, rank):
+    """The first rank goes on where it was; the others must not draw what it draws."""
+    torch.manual_seed(1)
+    saved = dict(optimizer={}, replay={}, rng=[torch.get_rng_state()])
+    part = SimpleNamespace(load_state_dict=lambda state: None)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    load(name).restore(saved, part, part, torch.device("cpu"), rank)
+    assert torch.equal(torch.get_rng_state(), before if rank else saved["rng"][0])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @one_script
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
