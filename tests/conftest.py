@@ -1,5 +1,6 @@
 """What all tests share: where the scripts are, how to import them, golden values, and the `learning` marker."""
 import functools
+import hashlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -31,6 +32,11 @@ def load(name: str) -> ModuleType:
     sys.modules[name] = module  # before execution: dataclasses look their module up here
     spec.loader.exec_module(module)
     return module
+
+
+def digest(path: Path) -> str:
+    """Of a file's content: where CI is set, pytest explains in full, and for hours, how two long `bytes` differ."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @functools.cache
