@@ -8,13 +8,11 @@ Run      python dreamer_v2.py --env-id ALE/Pong-v5                      released
          python dreamer_v2.py --preset paper --env-id ALE/Breakout-v5   Table D.1 of the paper where the code differs
          python dreamer_v2.py --preset dmc --env-id shimmy:dm_control/walker-walk-v0     MUJOCO_GL=egl
          python dreamer_v2.py --resume auto                             go on after Ctrl-C, SIGTERM or a crash
-         python dreamer_v2.py --eval-only --checkpoint runs/NAME        play with a trained policy
+         python dreamer_v2.py --resume runs/NAME --eval-episodes 100    a run that has ended is evaluated again
 
 Index    One replay row t holds what arrived together:
-
             action_t -> obs_t  reward_t  is_first_t  is_last_t  is_terminal_t
             action_t is the one that led to obs_t (a_{t-1} in the paper); it is zero where is_first_t
-
          A training sequence is T rows of one episode. Its row 0 counts as is_first, so memory begins with zeros:
             h_t = f(h_{t-1}, z_{t-1}, action_t)       z_t ~ q(z_t | h_t, obs_t)       h, z, action zeroed at is_first_t
          In a dream, s_0 is a replayed state; reward and discount belong to the state itself:
@@ -58,12 +56,11 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import distributions
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +71,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from gymnasium.spaces import Box, Dict, Discrete
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -99,10 +97,8 @@ class Args:
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
     save_every: int = 10_000  # policy steps between checkpoints
-    eval_every: int = 250_000  # policy steps between evaluations (official); 0: one at the end
-    eval_episodes: int = 10  # episodes per evaluation (official: 1)
-    eval_only: bool = False  # evaluate --checkpoint and stop
-    checkpoint: str = ""  # run directory or checkpoint file for --eval-only
+    eval_every: int = 250_000  # policy steps between evaluations (official); one at the end in any case
+    eval_episodes: int = 10  # episodes per evaluation (official: 1); 0: none
     video_every: int = 50_000  # policy steps between open-loop videos; 0: one at the end
     log_every: int = 1_000  # policy steps between metric logs
 
@@ -114,7 +110,6 @@ class Args:
     reward_transform: Literal["tanh", "identity"] = "tanh"
 
     buffer_size: int = 2_000_000  # replay rows over all environments (official); at most total_timesteps, also resumed
-    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU if it fits in half its free memory, else files
     learning_starts: int = 50_000  # policy steps with uniformly random actions before the first update (official)
     pretrain: int = 1  # additional updates at the first one (official)
     batch_size: int = 16  # sequences per update, B (official; paper: 50)
@@ -155,42 +150,23 @@ class Args:
 
 PRESETS = dict(
     default={},
-    tiny=dict(deter=64, hidden=64, stoch=8, classes=8, cnn_depth=8, layers=2, units=64, total_timesteps=2_000,
-              learning_starts=1_000, batch_size=8, batch_length=16, train_every=8, model_lr=1e-3, actor_lr=3e-4,
-              critic_lr=3e-4, save_every=1_000, eval_every=0, video_every=0, log_every=100, eval_episodes=1),
+    tiny=dict(
+        deter=64, hidden=64, stoch=8, classes=8, cnn_depth=8, layers=2, units=64, total_timesteps=2_000,
+        learning_starts=1_000, batch_size=8, batch_length=16, train_every=8, model_lr=1e-3, actor_lr=3e-4,
+        critic_lr=3e-4, save_every=1_000, eval_every=0, video_every=0, log_every=100, eval_episodes=1),
     paper=dict(full_action_space=True, gamma=0.995, batch_size=50, train_every=4),
-    dmc=dict(action_repeat=2, reward_transform="identity", grayscale=False, sticky_actions=0.0, eval_every=10_000,
-             total_timesteps=1_000_000, learning_starts=1_000, pretrain=100, train_every=5, prioritize_ends=False,
-             deter=200, hidden=200, kl_scale=1.0, free_nats=1.0, pred_discount=False, gamma=0.99, ent_coef="1e-4",
-             model_lr=3e-4, actor_lr=8e-5, critic_lr=8e-5),
-)
+    dmc=dict(
+        action_repeat=2, reward_transform="identity", grayscale=False, sticky_actions=0.0, eval_every=10_000,
+        total_timesteps=1_000_000, learning_starts=1_000, pretrain=100, train_every=5, prioritize_ends=False,
+        deter=200, hidden=200, kl_scale=1.0, free_nats=1.0, pred_discount=False, gamma=0.99, ent_coef="1e-4",
+        model_lr=3e-4, actor_lr=8e-5, critic_lr=8e-5))
 
 
-# ==== shared: device ====
+# ==== shared: device and ranks ====
 def fail(message: str):
     """For everything the user can mend: one clear line on stderr, exit status 2, no traceback."""
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own beside a progress bar
     raise SystemExit(2)
-
-
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The torch device for --device; naming an absent one is an error."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("cpu, cuda and mps are supported")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name} is not usable here ({str(error).splitlines()[0]}); try --device auto")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-    elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc: keep freed memory (no mmap, no trim); page faults on what was given back cost 8 % of an update
-        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
-    return device
 
 
 def autocast(args, device: torch.device):
@@ -201,6 +177,46 @@ def autocast(args, device: torch.device):
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Norms, softmaxes, losses and returns run in float32 also under bf16; float64 stays (tests)."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def start_ranks(name: str) -> tuple[int, int, torch.device]:
+    """(rank, world size, device) of this process for --device; torchrun's form a group: nccl on CUDA, else gloo."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} is not usable here ({str(error).splitlines()[0]}); try --device auto")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc: keep freed memory (no mmap, no trim); page faults on what was given back cost 10 % of an update
+        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        # rank 0 evaluates while the others wait
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    return int(os.environ.get("RANK", 0)), world_size, device
+
+
+def gather_ranks(x: torch.Tensor) -> torch.Tensor:
+    """(n,) of every rank -> (world_size*n,), for statistics of the joint batch and what all ranks must agree on."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def average_ranks(tensors: list[torch.Tensor]) -> None:
+    """Mean over ranks in place, as one flat message: with equal shards, the gradient of the joint batch."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, part in zip(tensors, (flat / dist.get_world_size()).split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))  # keeps the strides
 # ==== end shared ====
 
 
@@ -229,15 +245,14 @@ def categorical_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, balance: float, free_nats: float) -> tuple:
     """(1-a) max(free, mean KL(q || sg p)) + a max(free, mean KL(sg q || p)), a scalar, and the KL (T,B). Algorithm 2.
-
     The stop-gradients let the first term train only the posterior, the second only the prior, faster: a = 0.8. The mean
     over the whole batch (all ranks) is compared with the free nats. a = 0.5 is the plain KL with its full gradient,
     each state compared on its own (official)."""
-    post, prior = (at_least_float32(logits).log_softmax(-1) for logits in (post_logits, prior_logits))
+    post, prior = at_least_float32(post_logits).log_softmax(-1), at_least_float32(prior_logits).log_softmax(-1)
     if balance == 0.5:
         kl = categorical_kl(post, prior)
         return kl.clamp(min=free_nats).mean(), kl.detach()
-    rep, dyn = categorical_kl(post, prior.detach()), categorical_kl(post.detach(), prior)
+    dyn, rep = categorical_kl(post.detach(), prior), categorical_kl(post, prior.detach())
     trained = gather_ranks(dyn.detach().mean()[None]).mean() >= free_nats
     rep_loss, dyn_loss = (torch.where(trained, kl.mean(), free_nats) for kl in (rep, dyn))
     return (1 - balance) * rep_loss + balance * dyn_loss, dyn.detach()
@@ -245,16 +260,12 @@ def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, balance: fl
 
 def lambda_return(reward: torch.Tensor, value: torch.Tensor, discount: torch.Tensor, lam: float) -> torch.Tensor:
     """V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H. Eq. 4 (arXiv:2010.02193v4).
-
-    Inputs (H+1,...), time first, result (H,...). Reward and discount are those of the state itself, index t. The paper
-    prints V_H = r_H + d_H v_H, which counts r_H twice. Source: `common.lambda_return`, `ActorCritic.target`."""
-    step = reward[:-1] + discount[:-1] * (1 - lam) * value[1:]
-    decay = discount[:-1] * lam
-    ret, rets = value[-1], []
-    for r, d in zip(reversed(step.unbind(0)), reversed(decay.unbind(0))):
-        ret = torch.addcmul(r, d, ret)
-        rets.append(ret)
-    return torch.stack(rets[::-1])
+    Inputs (H+1,...), result (H,...). Reward and discount are those of the state itself, index t. The paper prints
+    V_H = r_H + d_H v_H, which counts r_H twice. Source: `common.lambda_return`, `ActorCritic.target`."""
+    rets, step = [value[-1]], reward[:-1] + discount[:-1] * (1 - lam) * value[1:]
+    for r, decay in zip(step.flip(0), (discount[:-1] * lam).flip(0)):
+        rets.append(torch.addcmul(r, decay, rets[-1]))
+    return torch.stack(rets[:0:-1])  # in order of time, without V_H
 
 
 def normal_nll(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -269,39 +280,16 @@ def schedule(text: str, step: int) -> float:
     if not match:
         return float(text)
     kind, values = match[1], [float(value) for value in match[2].split(",")]
-    if kind == "warmup":
-        steps, final = values
-        return min(step / steps, 1) * final
-    initial, final, steps = values
+    initial, final, steps = (0, *values[::-1]) if kind == "warmup" else values
     if kind == "exp":
         return (initial - final) * 0.5 ** (step / steps) + final
     mix = min(step / steps, 1)
     linear = (1 - mix) * initial + mix * final
-    return linear if kind == "linear" else 1 - 1 / linear
-
-
-class Categorical:
-    """Discrete policy over logits (...,A) with one-hot actions. Source: `common.OneHotDist`."""
-
-    def __init__(self, logits: torch.Tensor):
-        self.log_probs = at_least_float32(logits).log_softmax(-1)
-
-    def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        return sample_onehot(self.log_probs.exp(), noise)
-
-    def mode(self) -> torch.Tensor:
-        return F.one_hot(self.log_probs.argmax(-1), self.log_probs.shape[-1]).to(self.log_probs)
-
-    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
-        return (self.log_probs * action).sum(-1)
-
-    def entropy(self) -> torch.Tensor:
-        return entropy(self.log_probs)
+    return 1 - 1 / linear if kind == "horizon" else linear
 
 
 class TruncatedNormal:
     """Continuous policy: Normal(tanh m, 2 sigmoid(s / 2) + 0.1) cut to [-1, 1], over raw = [m, s] (...,2A).
-
     Its mode is the mean of the uncut one. Source: `common.TruncNormalDist`, `DistLayer`, TensorFlow Probability."""
 
     def __init__(self, raw: torch.Tensor, exact_grad: bool):
@@ -317,9 +305,6 @@ class TruncatedNormal:
         x = self.mean + self.std * (unit if self.exact_grad else unit.detach())
         return x + (x.clamp(-1 + 1e-6, 1 - 1e-6) - x).detach()  # the clip passes the gradient on
 
-    def mode(self) -> torch.Tensor:
-        return self.mean
-
     def log_prob(self, action: torch.Tensor) -> torch.Tensor:
         unit = (action - self.mean) / self.std
         return (-normal_nll(unit, 0.0) - self.std.log() - self.mass.log()).sum(-1)
@@ -333,29 +318,6 @@ class TruncatedNormal:
 # ======== 4. environment ========
 
 # ==== shared: environment ====
-def resize(images: np.ndarray, size: int) -> np.ndarray:
-    """(N,Y,X,C) uint8 -> (N,size,size,C), antialiased: Pillow's BILINEAR (official: V1, V3, IRIS) to one gray level."""
-    if images.shape[1:3] == (size, size):
-        return images
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
-
-
-def area_weights(source: int, target: int) -> np.ndarray:
-    """(target, source) weights of an exact area average: the overlap of target cells with source pixels."""
-    edges, pixels = np.arange(target + 1)[:, None] * source / target, np.arange(source)
-    overlap = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
-    return overlap.clip(0) * target / source
-
-
-def resize_area(frames: np.ndarray, size: int) -> np.ndarray:
-    """(N,Y,X,C) uint8 -> (N,size,size,C) by area average, as OpenCV's INTER_AREA."""
-    if frames.shape[1:3] == (size, size):
-        return frames
-    rows, cols = area_weights(frames.shape[1], size), area_weights(frames.shape[2], size)
-    return np.rint(np.einsum("yh,nhwc,xw->nyxc", rows, frames, cols, optimize=True)).astype(np.uint8)
-
-
 class Envs:
     """`num_envs` copies of an environment; a row of arrays (N,...) per step. Edit here for anything unusual.
 
@@ -364,13 +326,15 @@ class Envs:
     Observations: uint8 images, resized and stacked by channel, are `image`; other Boxes, joined, are `vector`.
     Actions: Discrete, or Box: clipped to [-1, 1], then mapped to the bounds where they are finite.
     ALE/ ids are ale-py's own vector environment, options in `atari`; with life_loss_info a lost life is terminal, but
-    the game goes on. Other ids run one after the other in this process; `pixels`: seen by their rendered image, if it
-    is None those that do not show one image."""
+    the game goes on. `pixels`: other ids are seen by their rendered image; None: if they do not show one image.
+    `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
 
-    def __init__(self, args, num_envs: int, seed: int, size: int, gray=False, pixels: bool | None = None, **atari):
+    def __init__(self, args, num_envs: int, seed: int, size: int, pixels: bool | None = None, **atari):
         self.num_envs, self.seed, self.size, self.atari = num_envs, seed, size, args.env_id.startswith("ALE/")
-        self.gray, self.life_loss = gray and self.atari, atari.get("life_loss_info", False) and self.atari
+        self.life_loss = self.atari and atari.get("life_loss_info", False)
         next_step = gymnasium.vector.AutoresetMode.NEXT_STEP
+        wrappers = [lambda env: gymnasium.wrappers.RepeatAction(env, args.action_repeat)]
+        options = dict(vectorization_mode="sync", wrappers=wrappers, vector_kwargs=dict(autoreset_mode=next_step))
         try:
             if self.atari:
                 options = dict(
@@ -378,16 +342,13 @@ class Envs:
                     maxpool=True, noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
                     repeat_action_probability=args.sticky_actions, max_num_frames_per_episode=108_000,
                     autoreset_mode=next_step) | atari
-            else:
-                if pixels is None:
-                    with gymnasium.make(args.env_id) as probe:
-                        pixels = len(getattr(probe.observation_space, "shape", None) or ()) != 3
-                wrappers = [lambda env: gymnasium.wrappers.RepeatAction(env, args.action_repeat)]
-                wrappers += [gymnasium.wrappers.AddRenderObservation] if pixels else []
-                options = dict(vectorization_mode="sync", wrappers=wrappers,
-                               vector_kwargs=dict(autoreset_mode=next_step))
-                options |= dict(render_mode="rgb_array") if pixels else {}
-                if pixels and "dm_control/" in args.env_id:  # official: small images, the camera that follows
+            elif pixels is None:
+                with gymnasium.make(args.env_id) as probe:
+                    pixels = len(getattr(probe.observation_space, "shape", None) or ()) != 3
+            if pixels and not self.atari:
+                wrappers.append(gymnasium.wrappers.AddRenderObservation)
+                options["render_mode"] = "rgb_array"
+                if "dm_control/" in args.env_id:  # official: small images, the camera that follows
                     camera = 2 if "quadruped" in args.env_id else 0
                     options["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
             self.envs = gymnasium.make_vec(args.env_id, num_envs, **options)
@@ -395,27 +356,26 @@ class Envs:
             fail(f"--env-id {args.env_id}: {(str(error) or repr(error)).splitlines()[0]}")  # such as: did you mean ...
         space, self.act = self.envs.single_observation_space, self.envs.single_action_space
         if self.atari:  # as `_row` returns it
-            space = gymnasium.spaces.Box(0, 255, (size, size, 1 if options["grayscale"] else 3), np.uint8)
-        spaces = dict(space) if isinstance(space, gymnasium.spaces.Dict) else {"obs": space}
-        dims = {k: len(s.shape) if isinstance(s, gymnasium.spaces.Box) else 9 for k, s in spaces.items()}
-        self.images = sorted(k for k, s in spaces.items() if dims[k] == 3 and s.dtype == np.uint8 and s.shape[0] > 4)
-        self.vectors = sorted(spaces.keys() - self.images)
-        for key in self.vectors:
-            if dims[key] > 2 or dims[key] == 2 and spaces[key].dtype == np.uint8:
-                fail(f"{args.env_id}: observation {spaces[key]} is not supported; uint8 (Y,X,C) images, Box vectors "
-                     "and Dicts of them are (gymnasium.wrappers.FlattenObservation may help, or edit Envs)")
-        if not isinstance(self.act, (gymnasium.spaces.Discrete, gymnasium.spaces.Box)):
-            fail(f"{args.env_id}: action space {self.act} is not supported; Discrete and Box are")
-        self.discrete = isinstance(self.act, gymnasium.spaces.Discrete)
+            space = Box(0, 255, (size, size, 1 if options["grayscale"] else 3), np.uint8)
+        spaces = dict(space) if isinstance(space, Dict) else {"obs": space}
+        boxes = {k: s for k, s in spaces.items() if isinstance(s, Box)}
+        images = {k for k, s in boxes.items() if s.dtype == np.uint8 and len(s.shape) > 1}
+        self.images = sorted(k for k in images if len(spaces[k].shape) == 3 and spaces[k].shape[0] > 4)  # not (C,Y,X)
+        self.vectors = sorted(k for k in boxes.keys() - images if len(spaces[k].shape) < 3)
+        self.discrete = isinstance(self.act, Discrete)
+        if len(self.images + self.vectors) < len(spaces) or not (self.discrete or isinstance(self.act, Box)):
+            fail(f"{args.env_id}: {space} with actions {self.act} is not supported; uint8 (Y,X,C) images, Box vectors "
+                 "and Dicts of them are, with Discrete or Box actions (wrap the environment, or edit Envs)")
         self.action_dim = int(self.act.n) if self.discrete else math.prod(self.act.shape)
-        channels = 1 if self.gray else sum(spaces[k].shape[-1] for k in self.images)
-        self.shapes = {"image": (size, size, channels)} if self.images else {}
+        self.shapes = {}
+        if self.images:
+            self.shapes["image"] = (size, size, sum(spaces[k].shape[-1] for k in self.images))
         if self.vectors:
             self.shapes["vector"] = tuple(math.prod(spaces[k].shape) for k in self.vectors)  # the length of each part
 
     def reset(self) -> dict[str, np.ndarray]:
         obs, _ = self.envs.reset(seed=self.seed)
-        self.over = zeros = np.zeros(self.num_envs, bool)
+        self.ret = self.length = self.over = zeros = np.zeros(self.num_envs, bool)
         return self._row(obs, zeros, zeros, ~zeros)
 
     def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
@@ -433,15 +393,15 @@ class Envs:
         return self._row(obs, reward, terminated, first)
 
     def _row(self, obs, reward, terminated, first):
+        self.ret = np.where(first, 0, self.ret + reward)
+        self.length = np.where(first, 0, self.length + 1)
         if self.atari:
             obs = obs[:, 0] if obs.ndim == 5 else obs[:, 0, ..., None]
         obs, row = obs if isinstance(obs, dict) else {"obs": obs}, {}
-        if self.images:
-            to_size = resize if self.atari else resize_area
-            image = np.concatenate([to_size(obs[k], self.size) for k in self.images], -1)
-            if self.gray:  # after max and resize, truncated to uint8 as `embodied.envs.atari` does
-                image = (image * np.array([0.299, 0.587, 1 - (0.299 + 0.587)])).sum(-1, keepdims=True).astype(np.uint8)
-            row["image"] = image
+        if self.images:  # antialiased as Pillow's BILINEAR, to one gray level (official: V1, V3, IRIS)
+            x = [torch.from_numpy(obs[k]).permute(0, 3, 1, 2) for k in self.images]
+            x = torch.cat([F.interpolate(i, (self.size, self.size), mode="bilinear", antialias=True) for i in x], 1)
+            row["image"] = x.permute(0, 2, 3, 1).numpy()
         if self.vectors:
             parts = [np.reshape(obs[k], (self.num_envs, -1)) for k in self.vectors]
             row["vector"] = np.concatenate(parts, -1, dtype=np.float32)
@@ -451,8 +411,7 @@ class Envs:
 
 
 def make_envs(args: Args, num_envs: int, seed: int) -> Envs:
-    """The one place that knows which environment it is: anything with `reset`, `step`, `shapes`, `action_dim`,
-    `discrete` and `seed` as in Envs will do."""
+    """Anything with `reset`, `step`, `shapes`, `action_dim`, `discrete`, `ret` and `length` as in Envs will do."""
     return Envs(args, num_envs, seed, 64, img_height=64, img_width=64, grayscale=args.grayscale,
                 full_action_space=args.full_action_space)
 
@@ -464,36 +423,37 @@ class Storage:
     """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...) by field name.
 
     `specs`: name -> (shape, dtype). Each field is a memory-mapped file in `folder`, made if `new`: it takes no RAM of
-    its own and survives a kill. On a GPU the fields live there, and `flush` copies new rows to the files.
+    its own and survives a kill. `data`: a copy on the GPU if it fits in half of its free memory, else the files. New
+    rows go to both. `beside`: bytes per row that someone else keeps on the same device.
     `rows` counts all rows ever added; the newest `size` of them are valid."""
 
-    def __init__(self, specs: dict, capacity: int, num_envs: int, device: torch.device, folder: Path, new: bool = True):
-        self.capacity, self.num_envs, self.device, self.folder = capacity, num_envs, device, folder
-        self.rows = self.size = self.flushed = 0
+    def __init__(self, specs: dict, capacity: int, num_envs: int, device: torch.device, folder: Path, new: bool = True,
+                 beside: int = 0):
+        self.capacity, self.num_envs, self.rows, self.size, self.files = capacity, num_envs, 0, 0, {}
+        row, rows = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()), capacity * num_envs
+        fits = device.type == "cuda" and (row + beside) * rows <= torch.cuda.mem_get_info(device)[0] / 2
+        self.device = device if fits else torch.device("cpu")
+        print(f"replay: {rows:,} rows x {row:,} bytes = {row * rows / 2**30:.2f} GiB, {self.device}")
         folder.mkdir(exist_ok=True)
-        self.data, self.files = {}, {}
         # the row's number comes first: a row whose overwriting was cut off by a kill does not pass for the old one
         for name, (shape, dtype) in dict(number=((), torch.int64), **specs).items():
-            path, count = folder / f"{name}.bin", capacity * num_envs * math.prod(shape)
-            if new:  # takes all its disk space: a full disk is an OSError now, not a crash later
+            path, count = folder / f"{name}.bin", rows * math.prod(shape)
+            if new:
                 with open(path, "wb") as file:
-                    allocate = getattr(os, "posix_fallocate", lambda number, _, size: os.truncate(number, size))
-                    try:
-                        allocate(file.fileno(), 0, count * dtype.itemsize)
-                    except OSError:
-                        shutil.rmtree(folder)  # half a replay would keep the disk full
-                        raise
+                    file.truncate(count * dtype.itemsize)
+                    if hasattr(os, "posix_fallocate"):  # takes the disk space: an OSError now, not a crash later
+                        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
             if path.stat().st_size != count * dtype.itemsize:
                 fail(f"{path} is damaged, or of other --num-envs, --precision, sizes or number of processes")
             file = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
             self.files[name] = file.view(capacity, num_envs, *shape)
-            self.data[name] = self.files[name].to(device)
+        self.data = {name: file.to(self.device) for name, file in self.files.items()}
 
     def add(self, row: dict) -> None:
         """Append one row: arrays or tensors (num_envs,...) for every field."""
-        row = dict(row, number=self.rows)
-        for name, tensor in self.data.items():
-            tensor[self.rows % self.capacity] = torch.as_tensor(row[name])
+        row, at = dict(row, number=self.rows), self.rows % self.capacity
+        for name, file in self.files.items():
+            file[at] = self.data[name][at] = torch.as_tensor(row[name])
         self.rows, self.size = self.rows + 1, min(self.size + 1, self.capacity)
 
     def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
@@ -507,90 +467,56 @@ class Storage:
             field = self.data[name].flatten(0, 1)  # trap: must be a view; writing to an indexed copy is lost
             field.index_copy_(0, index.flatten(), value.flatten(0, index.dim() - 1).to(field))
 
-    def flush(self) -> None:
-        """Bring the files up to date, so that a checkpoint may count on all rows."""
-        new = torch.arange(self.flushed, self.rows) % self.capacity
-        for name, file in self.files.items():
-            if self.device.type != "cpu":
-                file[new] = self.data[name][new.to(self.device)].cpu()
-            with open(self.folder / f"{name}.bin", "r+b") as opened:
-                os.fsync(opened.fileno())
-        self.flushed = self.rows
-
     def state_dict(self) -> dict:
-        return dict(rows=self.rows, size=self.size)
+        return dict(rows=self.rows)
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue at a checkpoint, without the old rows that were overwritten after it was made."""
-        self.rows = self.flushed = state["rows"]
-        saved = torch.arange(self.rows - state["size"], self.rows)
-        self.size = int((self.files["number"][saved % self.capacity, 0] == saved).sum())
-
-
-def replay_device(specs: dict, rows: int, args, device: torch.device, beside: int = 0) -> torch.device:
-    """Where replay goes: the GPU if it fits in half of the free memory, else files. Says how large it is.
-
-    `beside`: bytes per row that are kept in the same memory and never in files."""
-    row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-    fits = device.type == "cuda" and (row + beside) * rows <= torch.cuda.mem_get_info(device)[0] / 2
-    if args.buffer_device == "cuda" and not fits:
-        free = (row + beside) * rows / 2**29
-        fail(f"--buffer-device cuda needs a GPU with {free:.1f} GiB of free memory, or a smaller --buffer-size")
-    device = device if fits and args.buffer_device != "cpu" else torch.device("cpu")
-    print(f"replay: {rows:,} rows x {row:,} bytes = {row * rows / 2**30:.2f} GiB, {device.type}")
-    return device
+        """Continue at a checkpoint, without the old rows that were overwritten after it was made: others' numbers."""
+        self.rows = state["rows"]
+        newest = torch.arange(self.rows - 1, max(self.rows - self.capacity, 0) - 1, -1)
+        self.size = int((self.files["number"][newest % self.capacity, 0] == newest).cumprod(0).sum())
 # ==== end shared ====
 
 
 class EpisodeReplay(Storage):
     """Chunks of finished episodes: an episode uniformly, so steps of short ones come more often, then a start in it.
-    Source: `common/replay.py`.
-
     With `prioritize_ends` the start is min(randint(T - L + 1 + L), T - L): the last chunk of an episode of T rows has
-    probability (L + 1) / (T + 1). Episodes with fewer than `length` steps, or more than fit, are `unusable`."""
+    probability (L + 1) / (T + 1). Episodes with fewer than `length` steps, or more than fit, are `unusable`.
+    Source: `common/replay.py`."""
 
     def __init__(self, *args, length: int, prioritize_ends: bool, **options):
         super().__init__(*args, **options)
-        self.length, self.prioritize_ends = length, prioritize_ends
-        self.begun, self.unusable = [0] * self.num_envs, 0
-        self.episodes, self.oldest = [], math.inf  # (first row, rows, environment); the smallest first row
-        most = self.capacity // (length + 1) * self.num_envs
-        self.table = torch.zeros(most, 3, dtype=torch.long, device=self.device)  # the same, where sampling happens
-        self.count = torch.zeros((), dtype=torch.long, device=self.device)
+        self.length, self.prioritize_ends, self.unusable = length, prioritize_ends, 0
+        self.begun, self.episodes = [0] * self.num_envs, []  # (first row, rows, environment), the oldest first
 
     def add(self, row: dict) -> None:
         super().add(row)
-        before = len(self.episodes)
         self.track(self.rows - 1, row["is_first"], row["is_last"])
-        if len(self.episodes) > before or self.oldest < self.rows - self.size:
-            self.refresh()
 
     def track(self, number: int, is_first, is_last) -> None:
-        """Note where episodes begin and end, by the flags (N,) of row `number`."""
+        """Note where episodes begin and end, by the flags (N,) of row `number`; forget those partly overwritten."""
         for env in range(self.num_envs):
             self.begun[env] = number if is_first[env] else self.begun[env]
             if is_last[env]:
                 rows = number - self.begun[env] + 1
-                usable = self.length < rows <= self.size
-                self.unusable += not usable
-                self.episodes += [(self.begun[env], rows, env)] if usable else []
-
-    def refresh(self) -> None:
-        """Forget episodes whose first row is overwritten, and tell the device."""
-        self.episodes = [episode for episode in self.episodes if episode[0] >= self.rows - self.size]
-        self.oldest = min((episode[0] for episode in self.episodes), default=math.inf)
-        if self.episodes:
-            self.table[: len(self.episodes)] = torch.tensor(self.episodes)
-        self.count.fill_(len(self.episodes))
+                if self.length < rows <= self.size:
+                    self.episodes.append((self.begun[env], rows, env))
+                    if self.episodes[-2:-1] > self.episodes[-1:]:  # that of another environment began later
+                        self.episodes.sort()
+                else:
+                    self.unusable += 1
+        while self.episodes and self.episodes[0][0] < self.rows - self.size:
+            del self.episodes[0]
 
     def sample(self, batch_size: int) -> dict:
         """-> fields (length,batch_size,...) on the device; every row 0 is an episode's first, the chunks are whole."""
-        episode, start = torch.rand((2, batch_size), dtype=torch.float64, device=self.device)
-        first, rows, env = self.table[(episode * self.count).long()].T
+        episode, start = torch.rand((2, batch_size), dtype=torch.float64)
+        episode = (episode * len(self.episodes)).long().tolist()
+        first, rows, env = torch.tensor([self.episodes[i] for i in episode]).T
         last = rows - self.length
         start = (start * (last + 1 + (self.length if self.prioritize_ends else 0))).long().minimum(last)
-        steps = torch.arange(self.length, device=self.device)[:, None]
-        batch, _ = self.gather(first + start + steps, env.expand(self.length, -1))
+        steps = first + start + torch.arange(self.length)[:, None]
+        batch, _ = self.gather(steps.to(self.device), env.expand_as(steps).to(self.device))
         batch["is_first"][0] = True
         return batch
 
@@ -602,24 +528,6 @@ class EpisodeReplay(Storage):
         first, last = (self.files[k][rows % self.capacity] for k in ("is_first", "is_last"))
         for i in (first | last).any(-1).nonzero()[:, 0].tolist():
             self.track(int(rows[i]), first[i], last[i])
-        self.refresh()
-
-
-# ==== shared: update ratio ====
-class Ratio:
-    """Updates due: one at the first call, then floor(rows x ratio), the remainder carried. Source: `when.Ratio`."""
-
-    def __init__(self, ratio: float):
-        self.ratio, self.previous = ratio, None
-
-    def __call__(self, step: int) -> int:
-        if self.previous is None:
-            self.previous = step
-            return 1
-        updates = int((step - self.previous) * self.ratio)
-        self.previous += updates / self.ratio
-        return updates
-# ==== end shared ====
 
 
 # ======== 6. networks ========
@@ -640,79 +548,45 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 # ==== end shared ====
 
 
+def init(layer: nn.Module) -> nn.Module:
+    """Keras' initialisation: bias 0, weight Glorot uniform."""
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class Linear(nn.Linear):
-    """(...,in) -> (...,out) with Keras' initialisation: Glorot uniform weight, zero bias."""
+    """(...,in) -> (...,out) with Keras' initialisation."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs)
-        nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
+        init(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
 
-def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
-    """`layers` x [linear, ELU]; (...,inputs) -> (...,units)."""
-    return nn.Sequential(*[m for i in range(layers) for m in (Linear(units if i else inputs, units), nn.ELU())])
-
-
-def head(inputs: int, units: int, layers: int, outputs: int) -> nn.Sequential:
-    """MLP with a linear output; (...,inputs) -> (...,outputs)."""
-    return nn.Sequential(mlp(inputs, units, layers), Linear(units, outputs))
-
-
-class Parallel(nn.ModuleList):
-    """Concatenated outputs of several layers on one input."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([layer(x) for layer in self], -1)
-
-
-class Conv(nn.Conv2d):
-    """Convolution with stride 2, no padding, Keras' initialisation, on (N,Y,X,C)."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int):
-        super().__init__(inputs, outputs, kernel, stride=2)
-        nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class UpConv(nn.ConvTranspose2d):
-    """Transposed convolution with stride 2, no padding, Keras' initialisation, on (N,Y,X,C).
-
-    From 1x1 pixels it is a matrix product, and computed as one it takes a quarter of the time on a CPU."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int):
-        super().__init__(inputs, outputs, kernel, stride=2)
-        nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[1:3] == (1, 1):
-            weight = self.weight.permute(0, 2, 3, 1)  # (in,k,k,out)
-            x = linear(x[:, 0, 0], weight.flatten(1).T)
-            return x.unflatten(-1, weight.shape[1:]) + self.bias.to(x.dtype)
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+def mlp(inputs: int, units: int, layers: int, outputs: int = 0) -> nn.Sequential:
+    """`layers` x [linear, ELU], then a linear layer to `outputs`, if any; (...,inputs) -> (...,outputs)."""
+    hidden = [m for i in range(layers) for m in (Linear(units if i else inputs, units), nn.ELU())]
+    return nn.Sequential(*hidden, *([Linear(units, outputs)] if outputs else []))
 
 
 class Encoder(nn.Module):
-    """Images (T,B,64,64,C) uint8 -> tokens (T,B,E), E = 32 * depth, by 4 x [4x4 convolution, ELU]."""
+    """Images (T,B,64,64,C) uint8 -> tokens (T,B,E), E = 32 * depth, by 4 x [4x4 convolution of stride 2, ELU]."""
 
     def __init__(self, channels: int, depth: int):
         super().__init__()
         widths = [channels, depth, 2 * depth, 4 * depth, 8 * depth]
-        self.convs = nn.ModuleList(Conv(i, o, 4) for i, o in zip(widths[:-1], widths[1:]))
+        self.convs = nn.ModuleList(init(nn.Conv2d(*pair, 4, stride=2)) for pair in zip(widths, widths[1:]))
         self.tokens = 2 * 2 * widths[-1]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         x = image.flatten(0, 1).to(self.convs[0].weight.dtype) / 255 - 0.5
+        x = x.permute(0, 3, 1, 2)
         for conv in self.convs:
             x = F.elu(conv(x))
-        return x.flatten(1).unflatten(0, image.shape[:2])  # in Y,X,C order, as the official code
+        return x.permute(0, 2, 3, 1).flatten(1).unflatten(0, image.shape[:2])  # in Y,X,C order, as the official code
 
 
 class Decoder(nn.Module):
@@ -722,48 +596,56 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [32 * depth, 4 * depth, 2 * depth, depth, channels]
         self.dense = Linear(feat, widths[0])
-        self.convs = nn.ModuleList(UpConv(*args) for args in zip(widths[:-1], widths[1:], (5, 5, 6, 6)))
+        layers = zip(widths, widths[1:], (5, 5, 6, 6))
+        self.convs = nn.ModuleList(init(nn.ConvTranspose2d(*layer, stride=2)) for layer in layers)
 
     def forward(self, deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
-        x = self.dense(torch.cat([deter, stoch], -1)).flatten(0, 1)[:, None, None]  # no activation (official)
-        for i, conv in enumerate(self.convs):
-            x = conv(F.elu(x) if i else x)
-        return x.unflatten(0, deter.shape[:-1])
+        x, first = self.dense(torch.cat([deter, stoch], -1)).flatten(0, -2), self.convs[0]  # no activation (official)
+        # from 1x1 pixels the first one is a matrix product, and computed so it takes a quarter of the time on a CPU
+        weight = first.weight.permute(0, 2, 3, 1)  # (in,5,5,out)
+        x = linear(x, weight.flatten(1).T).unflatten(-1, weight.shape[1:]) + first.bias.to(x.dtype)
+        x = x.permute(0, 3, 1, 2)
+        for conv in self.convs[1:]:
+            x = conv(F.elu(x))
+        return x.permute(0, 2, 3, 1).unflatten(0, deter.shape[:-1])
 
 
 # ======== 7. world model ========
 
 class RSSM(nn.Module):
     """Recurrent state-space model: h_t = f(h, z, a), prior p(z_t | h_t), posterior q(z_t | h_t, tokens_t).
-
     What does not depend on the recurrence is taken out of the scan, with the same sums: the token part of the
     posterior's first layer, the action part of the cell's, the prior, all noise."""
 
-    def __init__(self, deter: int, hidden: int, stoch: int, classes: int, action_dim: int, tokens: int):
+    def __init__(self, deter, hidden, stoch, classes, action_dim, tokens):
         super().__init__()
         self.deter, self.stoch, self.classes = deter, stoch, classes
         self.img_in = Linear(stoch * classes + action_dim, hidden)
         self.gru, self.gru_norm = Linear(hidden + deter, 3 * deter), nn.LayerNorm(3 * deter, eps=1e-3)  # Keras' eps
-        self.post_hid = Linear(deter + tokens, hidden)
-        self.post_out = Linear(hidden, stoch * classes)
-        self.prior_head = head(deter, hidden, 1, stoch * classes)
+        self.post_hid, self.post_out = mlp(deter + tokens, hidden, 1), Linear(hidden, stoch * classes)
+        self.prior = nn.Sequential(*mlp(deter, hidden, 1, stoch * classes), nn.Unflatten(-1, (stoch, classes)))
+
+    def noise(self, *lead: int) -> torch.Tensor:
+        """Exp(1) for the samples of latents, (*lead,S,K)."""
+        return torch.empty(*lead, self.stoch, self.classes, device=self.gru.bias.device).exponential_()
 
     def scan_weights(self, dtype: torch.dtype) -> dict:
-        """What a step multiplies with, (in,out) in computation precision, packed once per scan."""
-        weights = dict(in_stoch=self.img_in.weight[:, : self.stoch * self.classes], gru=self.gru.weight,
-                       post=self.post_hid.weight[:, : self.deter], post_out=self.post_out.weight)
-        biases = dict(gru_bias=self.gru.bias.to(dtype), post_out_bias=self.post_out.bias.to(dtype))
-        return {**{k: w.T.to(dtype) for k, w in weights.items()}, **biases}
+        """name -> what a step multiplies with, (in,out), or adds, in computation precision, packed once per scan."""
+        weights = dict(
+            in_stoch=self.img_in.weight[:, : self.stoch * self.classes].T,
+            gru=self.gru.weight.T, gru_bias=self.gru.bias,
+            post_hid=self.post_hid[0].weight[:, : self.deter].T,
+            post_out=self.post_out.weight.T, post_out_bias=self.post_out.bias)
+        return {k: weight.to(dtype) for k, weight in weights.items()}
 
     def action_row(self, action: torch.Tensor) -> torch.Tensor:
         """The action's share of the cell's first layer, (...,A) -> (...,hidden)."""
         return F.linear(action, self.img_in.weight[:, self.stoch * self.classes :], self.img_in.bias)
 
     def core(self, weights: dict, deter: torch.Tensor, stoch: torch.Tensor, action_row: torch.Tensor) -> torch.Tensor:
-        """h' = f(h, z, a), a GRU with layer norm: (B,D), (B,S*K), (B,hidden) -> (B,D).
-
+        """h' = f(h, z, a), a GRU with layer norm: (B,D), (B,S*K), (B,hidden) -> (B,D). Source: `nets.GRUCell`.
         Trap: unlike torch's GRU cell one norm covers all gates, reset acts on the whole candidate, update on the new
-        value, and it starts at sigmoid(-1). Source: `nets.GRUCell`."""
+        value, and it starts at sigmoid(-1)."""
         x = F.elu(torch.addmm(action_row, stoch, weights["in_stoch"]))
         gates = torch.addmm(weights["gru_bias"], torch.cat([x, deter], -1), weights["gru"])
         reset, cand, update = self.gru_norm(at_least_float32(gates)).to(x.dtype).chunk(3, -1)
@@ -773,29 +655,24 @@ class RSSM(nn.Module):
     def observe_step(self, weights: dict, deter, stoch, action_row, token_row, noise) -> tuple:
         """One posterior step: (B,D), (B,S*K), rows (B,hidden) twice, noise (B,S,K) -> h', z', logits (B,S,K)."""
         deter = self.core(weights, deter, stoch, action_row)
-        x = F.elu(torch.addmm(token_row, deter, weights["post"]))
+        x = self.post_hid[1](torch.addmm(token_row, deter, weights["post_hid"]))
         logits = torch.addmm(weights["post_out_bias"], x, weights["post_out"]).unflatten(-1, (self.stoch, self.classes))
         stoch = sample_onehot(at_least_float32(logits).softmax(-1), noise).to(deter.dtype).flatten(1)
         return deter, stoch, logits
 
-    def observe(self, tokens, prev_action, is_first, deter, stoch, noise) -> tuple:
-        """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), carry h (B,D), z (B,S*K), noise
-        (T,B,S,K) -> h (T,B,D), z (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
-        dtype = tokens.dtype
-        weights = self.scan_weights(dtype)
+    def observe(self, tokens, prev_action, is_first, deter, stoch) -> tuple:
+        """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), carry h (B,D), z (B,S*K)
+        -> h (T,B,D), z (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
+        dtype, weights = tokens.dtype, self.scan_weights(tokens.dtype)
         keep = (~is_first).to(dtype)[..., None]  # trap: h, z and the previous action all start from zero in an episode
         action_rows = self.action_row(prev_action.to(dtype) * keep)
-        token_rows = linear(tokens, self.post_hid.weight[:, self.deter :], self.post_hid.bias)
+        token_rows = linear(tokens, self.post_hid[0].weight[:, self.deter :], self.post_hid[0].bias)
         deter, stoch, outs = deter.to(dtype), stoch.to(dtype), []
         # unbind: the backward pass of rows[t] would write a full-size gradient for every t
-        for k, a, x, e in zip(keep.unbind(), action_rows.unbind(), token_rows.unbind(), noise.unbind()):
-            deter, stoch, logits = self.observe_step(weights, deter * k, stoch * k, a, x, e)
+        for k, *rows in zip(keep.unbind(), action_rows.unbind(), token_rows.unbind(), self.noise(*is_first.shape)):
+            deter, stoch, logits = self.observe_step(weights, deter * k, stoch * k, *rows)
             outs.append((deter, stoch, logits))
-        return tuple(torch.stack(x) for x in zip(*outs))
-
-    def prior(self, deter: torch.Tensor) -> torch.Tensor:
-        """Prior logits (...,S,K) of h (...,D)."""
-        return self.prior_head(deter).unflatten(-1, (self.stoch, self.classes))
+        return tuple(map(torch.stack, zip(*outs)))
 
     def imagine_step(self, weights: dict, deter, stoch, action, noise) -> tuple:
         """One step without observation: (N,D), (N,S*K), action (N,A), noise (N,S,K) -> h', z' ~ p(z' | h')."""
@@ -813,8 +690,8 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(channels, args.cnn_depth)
         self.rssm = RSSM(args.deter, args.hidden, args.stoch, args.classes, action_dim, self.encoder.tokens)
         self.decoder = Decoder(channels, self.feat, args.cnn_depth)
-        self.reward = head(self.feat, args.units, args.layers, 1)
-        self.discount = head(self.feat, args.units, args.layers, 1) if args.pred_discount else None
+        self.reward = mlp(self.feat, args.units, args.layers, 1)
+        self.discount = mlp(self.feat, args.units, args.layers, 1) if args.pred_discount else None
 
     def predict_discount(self, feat: torch.Tensor) -> torch.Tensor:
         """gamma * p(the episode goes on) in states (...,F), (...); the head has gamma in its target already."""
@@ -822,29 +699,28 @@ class WorldModel(nn.Module):
             return torch.full(feat.shape[:-1], self.args.gamma, device=feat.device)
         return at_least_float32(self.discount(feat))[..., 0].sigmoid()
 
-    def loss(self, batch: dict, noise: torch.Tensor) -> tuple[torch.Tensor, dict, dict]:
-        """Replay rows (T,B,...), noise (T,B,S,K) -> scalar loss, posterior {deter, stoch} (T,B,...), metrics.
-
+    def loss(self, rows: dict) -> tuple[torch.Tensor, dict, dict]:
+        """Replay rows (T,B,...) -> scalar loss, posterior {deter, stoch} (T,B,...), metrics.
         Minus the evidence lower bound, Eq. 2 (arXiv:2010.02193v4), each term with its scale, averaged over T and B."""
-        unseen = noise[0].flatten(1)  # row 0 is_first: whatever memory comes in is zeroed
-        deter, stoch, post_logits = self.rssm.observe(
-            self.encoder(batch["image"]), batch["action"], batch["is_first"],
-            unseen.new_zeros(len(unseen), self.rssm.deter), torch.zeros_like(unseen), noise)
-        prior_logits = self.rssm.prior(deter)
+        tokens, rssm = self.encoder(rows["image"]), self.rssm
+        zero = tokens.new_zeros(tokens.shape[1], self.feat)  # row 0 is_first: there is no memory before it
+        deter, stoch, post_logits = rssm.observe(
+            tokens, rows["action"], rows["is_first"], zero[:, : rssm.deter], zero[:, rssm.deter :])
+        prior_logits = rssm.prior(deter)
         kl_loss, kl = kl_losses(post_logits, prior_logits, self.args.kl_balance, self.args.free_nats)
         feat = torch.cat([deter, stoch], -1)
-        reward = batch["reward"].tanh() if self.args.reward_transform == "tanh" else batch["reward"]
-        pixels = batch["image"].to(reward.dtype) / 255 - 0.5
+        reward = rows["reward"].tanh() if self.args.reward_transform == "tanh" else rows["reward"]
+        pixels = rows["image"].to(reward.dtype) / 255 - 0.5
         losses = dict(kl=kl_loss, image=normal_nll(self.decoder(deter, stoch), pixels).flatten(2).sum(-1).mean(),
                       reward=normal_nll(self.reward(feat)[..., 0], reward).mean())
         if self.discount is not None:
             # soft target: the head learns gamma * (1 - is_terminal), so a dream needs no other discount
-            target = (1 - batch["is_terminal"].to(reward.dtype)) * self.args.gamma
+            target = (1 - rows["is_terminal"].to(reward.dtype)) * self.args.gamma
             logits = at_least_float32(self.discount(feat))[..., 0]
             losses["discount"] = F.binary_cross_entropy_with_logits(logits, target)
         scales = dict(kl=self.args.kl_scale, discount=self.args.discount_scale)  # all others 1
         total = sum(scales.get(k, 1.0) * v for k, v in losses.items())
-        metrics = {**{f"losses/{k}": v.detach() for k, v in losses.items()}, "wm/kl": kl.mean()}
+        metrics = {"wm/kl": kl.mean(), **{f"losses/{k}": v.detach() for k, v in losses.items()}}
         for name, logits in (("post", post_logits), ("prior", prior_logits)):
             metrics[f"wm/{name}_entropy"] = entropy(at_least_float32(logits.detach()).log_softmax(-1)).sum(-1).mean()
         return total, dict(deter=deter.detach(), stoch=stoch.detach()), metrics
@@ -860,20 +736,30 @@ class Behaviour(nn.Module):
         self.args, self.discrete, self.action_dim = args, discrete, action_dim
         auto = "reinforce" if discrete else "dynamics"
         self.actor_grad = auto if args.actor_grad == "auto" else args.actor_grad
-        outs = [Linear(args.units, action_dim) for _ in range(1 if discrete else 2)]
-        self.actor = nn.Sequential(mlp(feat, args.units, args.layers), outs[0] if discrete else Parallel(outs))
-        self.critic = head(feat, args.units, args.layers, 1)
-        self.slow_critic = head(feat, args.units, args.layers, 1).requires_grad_(False)  # own weights until update 1
+        outs = [Linear(args.units, action_dim) for _ in range(1 if discrete else 2)]  # logits, or mean and std
+        self.actor = nn.ModuleList([mlp(feat, args.units, args.layers), *outs])
+        self.critic = mlp(feat, args.units, args.layers, 1)
+        self.slow_critic = mlp(feat, args.units, args.layers, 1).requires_grad_(False)  # own weights until update 1
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
-    def policy(self, feat: torch.Tensor) -> Categorical | TruncatedNormal:
-        raw = self.actor(feat)
-        return Categorical(raw) if self.discrete else TruncatedNormal(raw, self.args.exact_trunc_grad)
-
-    def noise(self, *lead: int, device: torch.device) -> torch.Tensor:
-        """What `policy(...).sample` consumes, (*lead,A): Exp(1) for a categorical race, uniform for an inverse CDF."""
-        noise = torch.empty(*lead, self.action_dim, device=device)
+    def noise(self, *lead: int) -> torch.Tensor:
+        """What `sample` consumes, (*lead,A): Exp(1) for a categorical race, uniform for an inverse CDF."""
+        noise = torch.empty(*lead, self.action_dim, device=self.updates.device)
         return noise.exponential_() if self.discrete else noise.uniform_(1e-6, 1 - 1e-6)
+
+    def policy(self, feat: torch.Tensor) -> torch.Tensor | TruncatedNormal:
+        """Log-probabilities (...,A) of one-hot actions, or a distribution of continuous ones."""
+        hidden, *outs = self.actor
+        x = hidden(feat)
+        raw = at_least_float32(torch.cat([out(x) for out in outs], -1))
+        return raw.log_softmax(-1) if self.discrete else TruncatedNormal(raw, self.args.exact_trunc_grad)
+
+    def sample(self, feat: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Actions (...,A) of the policy; its mode in evaluation (`agent.eval()`), as the official code."""
+        policy = self.policy(feat)
+        if self.discrete:
+            return sample_onehot(policy.exp(), noise if self.training else torch.ones_like(noise))
+        return policy.sample(noise) if self.training else policy.mean
 
     def random_action(self, num_envs: int, device: torch.device) -> torch.Tensor:
         """Uniform actions (N,A)."""
@@ -881,47 +767,42 @@ class Behaviour(nn.Module):
             return F.one_hot(torch.randint(self.action_dim, (num_envs,), device=device), self.action_dim).float()
         return torch.empty(num_envs, self.action_dim, device=device).uniform_(-1, 1)
 
-    def imagine(self, rssm: RSSM, deter, stoch, noise_action, noise_stoch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Roll the policy out from (N,D), (N,S*K) with noise (H,N,A), (H,N,S,K) -> feat (H+1,N,F), action (H,N,A).
-
-        action[k], a_{k+1} in the diagram, leads from feat[k] to feat[k+1]. The policy sees states without gradient: an
-        action moves later states, not the view that later actions take."""
-        weights = rssm.scan_weights(deter.dtype)
+    def imagine(self, rssm: RSSM, deter, stoch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Roll the policy out from (N,D), (N,S*K) -> feat (H+1,N,F), action (H,N,A); action[k] leads to feat[k+1].
+        The policy sees states without gradient: an action moves later states, not the view that later actions take."""
+        lead, weights = (self.args.imag_horizon, len(deter)), rssm.scan_weights(deter.dtype)
         feats, actions = [torch.cat([deter, stoch], -1)], []
-        for action_noise, stoch_noise in zip(noise_action, noise_stoch):
-            actions.append(self.policy(feats[-1].detach()).sample(action_noise))
+        for action_noise, stoch_noise in zip(self.noise(*lead), rssm.noise(*lead)):
+            actions.append(self.sample(feats[-1].detach(), action_noise))
             deter, stoch = rssm.imagine_step(weights, deter, stoch, actions[-1], stoch_noise)
             feats.append(torch.cat([deter, stoch], -1))
         return torch.stack(feats), torch.stack(actions)
 
-    def loss(self, world: WorldModel, post: dict, is_terminal, noise_action, noise_stoch, coefs) -> tuple[dict, dict]:
-        """Actor and critic loss from posterior (T,B,...), is_terminal (T,B) and coefs [entropy bonus, rho].
-
+    def loss(self, world: WorldModel, post: dict, rows: dict, coefs: torch.Tensor) -> tuple[dict, dict]:
+        """Actor and critic loss from the posterior (T,B,...) of replayed rows, coefs [entropy bonus, rho]; metrics.
         Both minimised, Eq. 5, 6 (arXiv:2010.02193v4), eta is the entropy bonus, w_t the product of discounts before t:
         policy  -w_t (rho ln pi(a_{t+1} | s_t) sg(V_{t+1} - v_t) + (1 - rho) V_{t+1} + eta H(pi(. | s_t))), t = 0..H-2
         value    w_t 1/2 (v_t - sg V_t)^2 and a constant, t = 0..H-1
         Every state starts one dream, terminal ones too: their discount 0 leaves them their first target only."""
-        deter, stoch = (post[k].flatten(0, 1) for k in ("deter", "stoch"))
         with torch.set_grad_enabled(self.actor_grad != "reinforce"):  # Reinforce needs no gradient through the dream
-            feat, action = self.imagine(world.rssm, deter, stoch, noise_action, noise_stoch)
+            feat, action = self.imagine(world.rssm, post["deter"].flatten(0, 1), post["stoch"].flatten(0, 1))
             reward, slow_value = (at_least_float32(net(feat))[..., 0] for net in (world.reward, self.slow_critic))
             discount = world.predict_discount(feat)
             if world.discount is not None:  # known for the replayed state: no dream beyond an episode's end
-                known = (1 - is_terminal.flatten().to(discount.dtype)) * self.args.gamma
+                known = (1 - rows["is_terminal"].flatten().to(discount.dtype)) * self.args.gamma
                 discount = torch.cat([known[None], discount[1:]])
             target = lambda_return(reward, slow_value, discount, self.args.lam)
         weight = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0).detach()  # 1, d_0, d_0 d_1, ...
 
+        policy, action = self.policy(feat[:-2].detach()), action[:-1].detach()  # whether they carry a gradient or not
+        if self.discrete:
+            bonus, log_prob = entropy(policy), (policy * action).sum(-1)
+        else:
+            bonus, log_prob = policy.entropy(), policy.log_prob(action)
         # trap: V_{t+1} against v_t is meant so; a_{t+1}, chosen in s_t, cannot change r_t, which is part of V_t
-        policy = self.policy(feat[:-2].detach())
         advantage = (target[1:] - slow_value[:-2]).detach()
-        bonus = policy.entropy()
-        if self.actor_grad == "dynamics":
-            objective = target[1:]
-        else:  # the action is a constant of the log-probability, also where it carries a gradient
-            objective = policy.log_prob(action[:-1].detach()) * advantage
-        if self.actor_grad == "both":
-            objective = coefs[1] * objective + (1 - coefs[1]) * target[1:]
+        rho = dict(reinforce=1, dynamics=0, both=coefs[1])[self.actor_grad]
+        objective = rho * log_prob * advantage + (1 - rho) * target[1:]
         value = at_least_float32(self.critic(feat[:-1].detach()))[..., 0]
         losses = dict(policy=-(weight[:-2] * (objective + coefs[0] * bonus)).mean(),
                       value=(weight[:-1] * normal_nll(value, target.detach())).mean())
@@ -944,7 +825,6 @@ class Behaviour(nn.Module):
 
 class Adam:
     """Adam in Keras' form after global-norm clipping, with weight decay that ignores the learning rate.
-
     w *= 1 - decay;  m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;  w -= lr sqrt(1-b2^k)/(1-b1^k) m / (sqrt(v) + eps).
     Trap: torch divides by sqrt(v / (1-b2^k)) + eps, AdamW's decay is lr times smaller. Source: `common.Optimizer`."""
 
@@ -966,8 +846,7 @@ class Adam:
             torch._foreach_lerp_(self.momentum, grads, 1 - self.beta1)
             torch._foreach_mul_(self.square, self.beta2)
             torch._foreach_addcmul_(self.square, grads, grads, 1 - self.beta2)
-            scale = torch._foreach_sqrt(self.square)
-            torch._foreach_add_(scale, self.eps)
+            scale = torch._foreach_add(torch._foreach_sqrt(self.square), self.eps)
             torch._foreach_mul_(self.params, 1 - self.decay)
             change = torch._foreach_div(self.momentum, scale)
             torch._foreach_sub_(self.params, torch._foreach_mul(change, self.lr * correct2.sqrt() / correct1))
@@ -980,42 +859,25 @@ class Adam:
         torch._foreach_copy_(self.state_dict()["state"], saved["state"])
 
 
-# ==== shared: distributed ====
-def start_ranks(device: str) -> tuple[int, int, int]:
-    """(rank, local rank, world size); under torchrun starts the process group, nccl on CUDA and gloo elsewhere."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), world_size
+class Optimizers:
+    """Three Adams, one per loss, so that no loss moves another's parameters."""
 
+    def __init__(self, agent: Agent, args: Args):
+        parts = dict(model=(agent.world, args.model_lr), actor=(agent.behaviour.actor, args.actor_lr),
+                     critic=(agent.behaviour.critic, args.critic_lr))
+        self.parts = {name: Adam(net.parameters(), lr, args.adam_eps, args.grad_clip, args.weight_decay)
+                      for name, (net, lr) in parts.items()}
 
-def gather_ranks(x: torch.Tensor) -> torch.Tensor:
-    """(n,) of every rank -> (world_size*n,), for statistics of the joint batch and what all ranks must agree on."""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()}
 
-
-def average_ranks(tensors: list[torch.Tensor]) -> None:
-    """Mean over ranks in place, as one flat message: with equal shards, the gradient of the joint batch."""
-    if dist.is_initialized():
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, part in zip(tensors, (flat / dist.get_world_size()).split([t.numel() for t in tensors])):
-            t.copy_(part.view_as(t))
-
-
-def sum_ranks(values: list, device: torch.device) -> list[int]:
-    """Sums over ranks, of whole numbers that all ranks must agree on."""
-    return gather_ranks(torch.tensor(values, device=device)).view(-1, len(values)).sum(0).tolist()
-# ==== end shared ====
+    def load_state_dict(self, saved: dict) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
 
 
 class Agent(nn.Module):
-    """World model and behaviour: the policy for the environment, and what an update learns."""
+    """World model and behaviour: the policy for the environment, and what an update trains."""
 
     def __init__(self, shapes: dict, action_dim: int, discrete: bool, args: Args):
         super().__init__()
@@ -1031,65 +893,32 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, row: dict, state: dict) -> dict:
-        """Row (N,...) and state -> new {deter, stoch, action}; the latent is always sampled, the action in training;
-        in evaluation (`agent.eval()`) it is the policy's mode (official)."""
-        device, rssm = state["deter"].device, self.world.rssm
-        obs = {k: torch.as_tensor(v, device=device)[None] for k, v in row.items()}
-        noise = torch.empty(1, len(state["deter"]), rssm.stoch, rssm.classes, device=device).exponential_()
-        with autocast(self.args, device):
-            tokens = self.world.encoder(obs["image"])
-            (deter,), (stoch,), _ = rssm.observe(
-                tokens, state["action"][None], obs["is_first"], state["deter"], state["stoch"], noise)
-            policy = self.behaviour.policy(torch.cat([deter, stoch], -1))
-        noise = self.behaviour.noise(len(deter), device=device)
-        return dict(deter=deter, stoch=stoch, action=policy.sample(noise) if self.training else policy.mode())
-
-    def noise(self, batch_size: int, device: torch.device) -> dict:
-        """All random numbers of one update, drawn at once: posterior, imagined actions, imagined latents."""
-        time, horizon, rssm = self.args.batch_length, self.args.imag_horizon, self.world.rssm
-        groups, rollouts = (rssm.stoch, rssm.classes), time * batch_size
-        return dict(post=torch.empty(time, batch_size, *groups, device=device).exponential_(),
-                    action=self.behaviour.noise(horizon, rollouts, device=device),
-                    prior=torch.empty(horizon, rollouts, *groups, device=device).exponential_())
+        """Row (N,...) and state -> new {deter, stoch, action}; the latent is sampled in evaluation too (official)."""
+        obs = {k: torch.as_tensor(v, device=state["deter"].device)[None] for k, v in row.items()}
+        with autocast(self.args, state["deter"].device):
+            (deter,), (stoch,), _ = self.world.rssm.observe(
+                self.world.encoder(obs["image"]), state["action"][None], obs["is_first"], state["deter"],
+                state["stoch"])
+            action = self.behaviour.sample(torch.cat([deter, stoch], -1), self.behaviour.noise(len(deter)))
+        return dict(deter=deter, stoch=stoch, action=action)
 
     def compile_regions(self) -> None:
-        """Compile the step functions and the decoder. Not the unrolled scan (minutes, and no faster); on a CPU encoder
-        and heads gain nothing."""
+        """The steps and the decoder. Not the unrolled scan (minutes, no faster), not encoder and heads (no gain)."""
         rssm = self.world.rssm
         rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
         rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
         self.world.decoder.compile(dynamic=False)
 
 
-class Optimizers:
-    """Three Adams, one per loss, so that no loss moves another's parameters."""
-
-    def __init__(self, agent: Agent, args: Args):
-        parts = dict(model=(agent.world, args.model_lr), actor=(agent.behaviour.actor, args.actor_lr),
-                     critic=(agent.behaviour.critic, args.critic_lr))
-        self.parts = {name: Adam(net.parameters(), lr, args.adam_eps, args.grad_clip, args.weight_decay)
-                      for name, (net, lr) in parts.items()}
-
-    def state_dict(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-
-
 def train_step(agent: Agent, optimizer: Optimizers, replay: EpisodeReplay, batch_size: int, coefs) -> dict:
     """One update: sample, world model, then actor and critic in dreams of the new world model. No host reads;
     coefs [entropy bonus, rho] (2,) -> metrics ()."""
-    device = coefs.device
-    batch = {k: v.to(device, non_blocking=True) for k, v in replay.sample(batch_size).items()}
-    noise = agent.noise(batch_size, device)
-    with autocast(agent.args, device):
-        loss, post, metrics = agent.world.loss(batch, noise["post"])
+    rows = {k: v.to(coefs.device, non_blocking=True) for k, v in replay.sample(batch_size).items()}
+    with autocast(agent.args, coefs.device):
+        loss, post, metrics = agent.world.loss(rows)
     metrics["grad/model_norm"] = optimizer.parts["model"].step(loss)
-    with autocast(agent.args, device):  # the states are those from before the world model's step (official)
-        losses, ac_metrics = agent.behaviour.loss(
-            agent.world, post, batch["is_terminal"], noise["action"], noise["prior"], coefs)
+    with autocast(agent.args, coefs.device):  # the states are those from before the world model's step (official)
+        losses, ac_metrics = agent.behaviour.loss(agent.world, post, rows, coefs)
     metrics.update(ac_metrics)
     metrics["grad/actor_norm"] = optimizer.parts["actor"].step(losses["policy"])
     metrics["grad/critic_norm"] = optimizer.parts["critic"].step(losses["value"])
@@ -1100,66 +929,24 @@ def train_step(agent: Agent, optimizer: Optimizers, replay: EpisodeReplay, batch
 # ======== 10. evaluate and dream ========
 
 # ==== shared: evaluation ====
-class Episodes:
-    """Return and length of the running episode of each environment; the resetting row counts for neither."""
-
-    def __init__(self, num_envs: int):
-        self.ret, self.length, self.last = np.zeros(num_envs), np.zeros(num_envs, int), math.nan
-
-    def update(self, row: dict) -> list[tuple[int, float, int]]:
-        """Take one row (N,...); -> (environment, return, length) of each episode that ended with it."""
-        self.ret = np.where(row["is_first"], 0, self.ret + row["reward"])
-        self.length = np.where(row["is_first"], 0, self.length + 1)
-        ended = [(int(i), float(self.ret[i]), int(self.length[i])) for i in np.flatnonzero(row["is_last"])]
-        self.last = ended[-1][1] if ended else self.last
-        return ended
-
-
-ATARI_100K = dict(  # random and human score of the 26 games
-    Alien=(227.8, 7127.7), Amidar=(5.8, 1719.5), Assault=(222.4, 742.0), Asterix=(210.0, 8503.3),
-    BankHeist=(14.2, 753.1), BattleZone=(2360.0, 37187.5), Boxing=(0.1, 12.1), Breakout=(1.7, 30.5),
-    ChopperCommand=(811.0, 7387.8), CrazyClimber=(10780.5, 35829.4), DemonAttack=(152.1, 1971.0), Freeway=(0.0, 29.6),
-    Frostbite=(65.2, 4334.7), Gopher=(257.6, 2412.5), Hero=(1027.0, 30826.4), Jamesbond=(29.0, 302.8),
-    Kangaroo=(52.0, 3035.0), Krull=(1598.0, 2665.5), KungFuMaster=(258.5, 22736.3), MsPacman=(307.3, 6951.6),
-    Pong=(-20.7, 14.6), PrivateEye=(24.9, 69571.3), Qbert=(163.9, 13455.0), RoadRunner=(11.5, 7845.0),
-    Seaquest=(68.4, 42054.7), UpNDown=(533.4, 11693.2))
-
-
-def human_normalised(env_id: str, score: float) -> dict[str, float]:
-    """0 is random play, 1 a human; empty for other environments than the 26 games."""
-    low, high = ATARI_100K.get(env_id.removeprefix("ALE/").removesuffix("-v5"), (0, 0))
-    return {"eval/human_normalised": (score - low) / (high - low)} if high else {}
-
-
-def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, float], list]:
-    """`eval_episodes` whole episodes in fresh environments -> metrics, and the first one's frames if it has images.
-
-    Every environment plays the same number of episodes, so short ones are not favoured."""
+def evaluate(agent, args, device: torch.device, step: int) -> dict[str, float]:
+    """Metrics of `eval_episodes` whole episodes, equally many in each environment, so that short ones don't prevail."""
     num_envs = min(args.eval_episodes, 16)
-    quota, envs = -(-args.eval_episodes // num_envs), make_envs(args, num_envs, args.seed + 10_000)
-    episodes, state, row = Episodes(num_envs), agent.initial(num_envs, device), envs.reset()
-    done, frames = [[] for _ in range(num_envs)], []
+    quota, done = -(-args.eval_episodes // num_envs), [[] for _ in range(num_envs)]
+    envs = make_envs(args, num_envs, args.seed + 10_000)
+    state, row = agent.initial(num_envs, device), envs.reset()
     agent.eval()  # an agent that is greedy in evaluation looks at this
     while min(map(len, done)) < quota:
-        if "image" in row and not done[0] and len(frames) < 3000:
-            frames.append(to_rgb(row["image"][0]))
-        for env, ret, length in episodes.update(row):
-            done[env].append((ret, length))
+        for i in np.flatnonzero(row["is_last"]):
+            done[i].append((envs.ret[i], envs.length[i]))
         state = agent.act(row, state)
         row = envs.step(state["action"].cpu().numpy())
     agent.train()
-    returns, lengths = zip(*[episode for env in done for episode in env[:quota]])
-    score = float(np.mean(returns))
-    metrics = {"eval/episodic_return": score, "eval/return_std": float(np.std(returns)),
-               "eval/episodic_length": float(np.mean(lengths)), **human_normalised(args.env_id, score)}
-    print(f"evaluation at step {step}, {len(returns)} episodes: "
-          + ", ".join(f"{k.removeprefix('eval/')} {v:.3g}" for k, v in metrics.items()))
-    return metrics, frames
-
-
-def to_rgb(image: np.ndarray) -> np.ndarray:
-    """(Y,X,C) uint8 with any C -> (Y,X,3): gray is repeated, of stacked images the first is shown."""
-    return image[..., :3] if image.shape[-1] >= 3 else image[..., :1].repeat(3, -1)
+    returns, lengths = np.concatenate([episodes[:quota] for episodes in done]).T
+    print(f"evaluation at step {step}, {len(returns)} episodes: episodic_return {returns.mean():.4g}, "
+          f"return_std {returns.std():.3g}, episodic_length {lengths.mean():.4g}")
+    return {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std(),
+            "eval/episodic_length": lengths.mean()}
 
 
 def dream_video(truth: torch.Tensor, model: torch.Tensor, context: int, **numbers: torch.Tensor) -> tuple:
@@ -1167,34 +954,28 @@ def dream_video(truth: torch.Tensor, model: torch.Tensor, context: int, **number
     error = (model - truth).square().flatten(2).sum(-1)
     metrics = {"dream/image_error_posterior": error[:context].mean().item(),
                "dream/image_error_imagined": error[context:].mean().item()}
-    rows = [(x * 255).byte().cpu().numpy() for x in (truth, model, (model - truth + 1) / 2)]
-    frames = []
-    for t in range(len(truth)):
-        grid = np.concatenate([np.concatenate([to_rgb(image) for image in row[t]], 1) for row in rows], 0)
-        grid = grid.repeat(2, 0).repeat(2, 1)
-        frame = Image.fromarray(np.pad(grid, ((0, 14), (0, 0), (0, 0))))
+    grid = torch.stack([truth, model, (model - truth + 1) / 2], 1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    grid = grid[..., np.arange(3).clip(max=grid.shape[-1] - 1)]  # (T,3*Y,B*X,3); gray is repeated
+    grid = F.pad((grid * 255).byte().repeat_interleave(2, 1).repeat_interleave(2, 2), (0, 0, 0, 0, 0, 14))
+    frames = [Image.fromarray(frame) for frame in grid.cpu().numpy()]
+    for t, frame in enumerate(frames):
         for b in range(truth.shape[1]):
             words = ["imag" if t >= context else "post", *(f"{k[0]}{v[t, b]:.2f}" for k, v in numbers.items())]
-            place = 2 + b * grid.shape[1] // truth.shape[1], grid.shape[0]
-            ImageDraw.Draw(frame).text(place, " ".join(words), fill="white")
-        frames.append(np.asarray(frame))
+            ImageDraw.Draw(frame).text((2 + b * frame.width // truth.shape[1], frame.height - 14), " ".join(words))
     return metrics, frames
 
 
-def log_results(metrics: dict, frames: list, tag: str, writer: SummaryWriter, step: int) -> None:
-    """Scalars, and RGB frames (Y,X,3) uint8 as a GIF file that is also an image summary (TensorBoard plays it)."""
+def log_results(writer: SummaryWriter, step: int, metrics: dict, frames: list | None = None) -> None:
+    """Scalars, and frames as a GIF file that is also an image summary (TensorBoard plays it)."""
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
     if frames:
-        images = [Image.fromarray(f).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for f in frames]
-        buffer = io.BytesIO()
-        images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
-        path = Path(writer.log_dir, "videos", f"{tag.split('/')[0]}_{step}.gif")
+        path = Path(writer.log_dir, "videos", f"dream_{step}.gif")
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(buffer.getvalue())
-        height, width, _ = frames[0].shape
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
-        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=66, loop=0)
+        image = Summary.Image(height=frames[0].height, width=frames[0].width, colorspace=3,
+                              encoded_image_string=path.read_bytes())
+        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="dream/open_loop", image=image)]), step)
 # ==== end shared ====
 
 
@@ -1202,17 +983,16 @@ def log_results(metrics: dict, frames: list, tag: str, writer: SummaryWriter, st
 def open_loop_video(agent: Agent, replay: EpisodeReplay, args: Args, count: int = 4, context: int = 5) -> tuple:
     """Image errors, and GIF frames with rows truth, model, error for `count` replayed sequences: `context` steps from
     the posterior, the rest imagined with the recorded actions; below them the predicted reward and discount."""
-    context = min(context, args.batch_length // 2)
-    device, world, rssm = next(agent.parameters()).device, agent.world, agent.world.rssm
-    batch = {k: v.to(device) for k, v in replay.sample(count).items()}
-    noise = torch.empty(args.batch_length, count, rssm.stoch, rssm.classes, device=device).exponential_()
-    start = agent.initial(count, device)
-    deter, stoch, _ = rssm.observe(world.encoder(batch["image"][:context]), batch["action"][:context],
-                                   batch["is_first"][:context], start["deter"], start["stoch"], noise)
-    states, weights = list(zip(deter, stoch)), rssm.scan_weights(deter.dtype)
-    for action, step_noise in zip(batch["action"][context:], noise[context:]):
-        states.append(rssm.imagine_step(weights, *states[-1], action, step_noise))
-    deter, stoch = (torch.stack(x) for x in zip(*states))
+    context, world, rssm = min(context, args.batch_length // 2), agent.world, agent.world.rssm
+    start = agent.initial(count, rssm.gru.bias.device)
+    batch = {k: v.to(rssm.gru.bias.device) for k, v in replay.sample(count).items()}
+    tokens, actions = world.encoder(batch["image"][:context]), batch["action"]
+    deter, stoch, _ = rssm.observe(
+        tokens, actions[:context], batch["is_first"][:context], start["deter"], start["stoch"])
+    states, weights, actions = list(zip(deter, stoch)), rssm.scan_weights(deter.dtype), actions[context:]
+    for action, noise in zip(actions, rssm.noise(len(actions), count)):
+        states.append(rssm.imagine_step(weights, *states[-1], action, noise))
+    deter, stoch = map(torch.stack, zip(*states))
     feat = torch.cat([deter, stoch], -1)
     return dream_video(batch["image"] / 255, (world.decoder.forward(deter, stoch) + 0.5).clamp(0, 1), context,
                        reward=world.reward(feat)[..., 0], discount=world.predict_discount(feat))
@@ -1222,93 +1002,27 @@ def open_loop_video(agent: Agent, replay: EpisodeReplay, args: Args, count: int 
 
 # ==== shared: checkpoint ====
 def save_checkpoint(run: Path, args, agent, optimizer, replay, device: torch.device, **counters) -> None:
-    """checkpoint.pt with everything a resumed run needs: written, fsynced, then put in place of the old one, which
-    stays as checkpoint_prev.pt. A kill or a full disk always leaves a loadable file."""
+    """checkpoint.pt with everything a resumed run needs. A kill or a full disk leaves the old one in its place."""
     rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
     buffer = io.BytesIO()  # torch.save into a file on a full disk raises its own errors, write an OSError
     torch.save(dict(algorithm=Path(__file__).stem, args=asdict(args), agent=agent.state_dict(), rng=rng,
                     optimizer=optimizer.state_dict(), replay=replay.state_dict(), **counters), buffer)
-    path, part = run / "checkpoint.pt", run / "checkpoint.tmp"
-    with open(part, "wb") as file:
+    with open(run / "checkpoint.tmp", "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
-    if path.exists():
-        shutil.copy(path, run / "checkpoint_prev.pt")
-    os.replace(part, path)
+    os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint file or the one in a run directory, plain data. Damaged, foreign: one line, exit status 2."""
-    file = path / "checkpoint.pt" if path.is_dir() else path
-    if not file.exists():
-        fail(f"no checkpoint at {file}")
+def load_checkpoint(run: Path) -> dict:
+    """The checkpoint of a run directory, plain data. Missing, damaged or foreign: one line, exit status 2."""
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        algorithm, flags = saved["algorithm"], saved["args"].keys()
+        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if saved["algorithm"] != Path(__file__).stem or saved["args"].keys() != {f.name for f in fields(Args)}:
+            raise ValueError(f"made by {saved['algorithm']}.py, or by another version of this script")
     except Exception as error:  # damaged pickles raise anything
-        fail(f"{file} is damaged ({type(error).__name__}); checkpoint_prev.pt beside it is the one before")
-    if algorithm != Path(__file__).stem or flags != {f.name for f in fields(Args)}:
-        fail(f"{file} was made by {algorithm}.py, or by another version of this script")
+        fail(f"{run / 'checkpoint.pt'} is missing, damaged or foreign: {error!r:.150}")
     return saved
-
-
-def load_agent(saved: dict, agent) -> None:
-    """The networks of a checkpoint; if they are others than these: one line, exit status 2."""
-    try:
-        agent.load_state_dict(saved["agent"])
-    except RuntimeError as error:
-        fail(f"the run has other networks than these flags make ({' '.join(str(error).split())[:200]})")
-
-
-def restore(saved: dict, optimizer, replay, device: torch.device, rank: int) -> None:
-    """Continue where `save_checkpoint` was called; ranks but the first go on with fresh random numbers."""
-    optimizer.load_state_dict(saved["optimizer"])
-    replay.load_state_dict(saved["replay"])
-    if rank == 0:
-        torch.set_rng_state(saved["rng"][0])
-        if device.type == "cuda" and len(saved["rng"]) > 1:
-            torch.cuda.set_rng_state(saved["rng"][1], device)
-
-
-def run_name(args) -> str:
-    return f"{re.sub('[/:]', '_', args.env_id)}__{args.exp_name}__{args.seed}__"
-
-
-def find_run(args) -> Path | None:
-    """What --checkpoint or --resume names; with `auto` the newest checkpoint of this run name; None for a new run."""
-    name = args.checkpoint if args.eval_only else args.resume
-    if name == "auto":
-        found = Path(args.run_dir).glob(f"{run_name(args)}*/checkpoint.pt")
-        return max(found, key=lambda path: path.stat().st_mtime, default=None)
-    return Path(name) if name else None
-
-
-def run_folder(args, device: torch.device) -> Path:
-    """The directory of the run that is resumed or evaluated, or a new one, the same on all ranks."""
-    stamp = gather_ranks(torch.tensor([time.time_ns() // 1_000_000], device=device))[0]
-    run = find_run(args) or Path(args.run_dir) / f"{run_name(args)}{stamp}"
-    return run.parent if run.is_file() else run
-
-
-def start_log(args, run: Path, step: int | None) -> SummaryWriter:
-    """Arguments, a copy of the script, versions; TensorBoard, without the points after `step` that a kill left."""
-    flags = json.dumps(asdict(args), indent=1)
-    (run / "args.json").write_text(flags)
-    (run / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-    (run / "versions.txt").write_text("".join(sorted(f"{d.name}=={d.version}\n" for d in distributions())))
-    writer = SummaryWriter(str(run), purge_step=None if step is None else step + 1)
-    writer.add_text("hyperparameters", f"```\n{flags}\n```")
-    return writer
-
-
-def check_finite(metrics: dict, step: int, run: Path) -> dict[str, float]:
-    """Metrics as floats, in one transfer to the host. A loss that is not finite stops the run before it is saved."""
-    values = dict(zip(metrics, torch.stack([m.float() for m in metrics.values()]).tolist())) if metrics else {}
-    for name, value in values.items():
-        if name.startswith(("losses/", "grad/")) and not math.isfinite(value):
-            fail(f"{name} is {value} at step {step}; stopped, the last good checkpoint stays in {run}")
-    return values
 
 
 def stop_signals() -> list[int]:
@@ -1320,9 +1034,8 @@ def stop_signals() -> list[int]:
         if number == signal.SIGINT:  # trap: torchrun passes on a SIGTERM that its processes also got themselves
             signal.signal(number, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), receive)
+    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows has no SIGUSR1
+        signal.signal(getattr(signal, name), receive)
     return received
 # ==== end shared ====
 
@@ -1331,43 +1044,38 @@ def stop_signals() -> list[int]:
 
 # ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Flags, over the arguments of the run that is resumed or evaluated, or over the preset. Bad ones: status 2."""
+    """Flags, over the arguments of the run that is resumed, or over the preset. Bad ones: one line, exit status 2."""
     argv = [re.sub(r"(?<![^=])\d+[eE]\d\d?$", lambda number: f"{float(number[0]):.0f}", word)  # tyro's int refuses 1e6
             for word in (sys.argv[1:] if argv is None else argv)]
     first = tyro.cli(Args, args=argv)
-    path = find_run(first)
-    default = Args(**load_checkpoint(path)["args"]) if path else replace(Args(), **PRESETS[first.preset])
-    args = replace(tyro.cli(Args, args=argv, default=default), resume="" if first.eval_only else str(path or ""))
-    if args.eval_only and not (path and args.eval_episodes):
-        fail("--eval-only needs --checkpoint PATH and --eval-episodes")
-    return validate(args)
+    run = first.resume
+    if run == "auto":
+        files = Path(first.run_dir).glob(f"{run_name(first)}*/checkpoint.pt")
+        newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
+        run = str(newest.parent) if newest else ""
+    default = Args(**load_checkpoint(Path(run))["args"]) if run else replace(Args(), **PRESETS[first.preset])
+    return validate(replace(tyro.cli(Args, args=argv, default=default), resume=run))
 
 
-def check_numbers(args, may_be_zero: str) -> None:
-    """Counts are positive except those named, all other numbers finite and not negative."""
-    for f in fields(args):
-        value, positive = getattr(args, f.name), "int" in f.type and f.name not in may_be_zero.split()
-        if type(value) in (int, float) and not (math.isfinite(value) and value >= positive):  # not bool
-            fail(f"--{f.name.replace('_', '-')} must be {'positive' if positive else 'zero or more'}, got {value}")
-
-
-def resolve(args, device: torch.device, **auto):
-    """Replace `auto` by what it stands for here, so that checkpoints and logs hold plain values."""
-    auto |= dict(compile="on" if device.type == "cuda" else "off")
-    values = {k: v for k, v in auto.items() if getattr(args, k) == "auto"}
-    return replace(args, action_repeat=args.action_repeat or (4 if args.env_id.startswith("ALE/") else 1), **values)
+def run_name(args) -> str:
+    """Name of the run directory, without the time that ends it."""
+    return f"{re.sub('[/:]', '_', args.env_id)}__{args.exp_name}__{args.seed}__"
 # ==== end shared ====
 
 
 def validate(args: Args) -> Args:
     """The arguments, if each makes sense and they fit together; else one line and exit status 2."""
-    check_numbers(args, "seed learning_starts eval_every video_every eval_episodes pretrain")
-    for name in ("ent_coef", "rho"):
+    may_be_zero = "seed learning_starts eval_every video_every eval_episodes pretrain".split()
+    for f in fields(args):
+        value, least = getattr(args, f.name), int("int" in f.type and f.name not in may_be_zero)
+        if type(value) in (int, float) and not least <= value < math.inf:  # not bool
+            fail(f"--{f.name.replace('_', '-')} must be a number of at least {least}, got {value}")
+    for name, most in dict(ent_coef=math.inf, rho=1).items():
         try:
             values = [schedule(getattr(args, name), step) for step in (0, args.total_timesteps)]
-            if not all(0 <= value < math.inf for value in values) or name == "rho" and max(values) > 1:
-                raise ValueError
         except (ValueError, ArithmeticError):
+            values = [math.nan]
+        if not all(0 <= value <= most and value < math.inf for value in values):
             fail(f"--{name.replace('_', '-')} must be a number (rho: 0 to 1) or a schedule such as "
                  f"linear(1e-3,1e-4,1e6), got {getattr(args, name)!r}")
     if min(args.imag_horizon, args.batch_length) < 2 or args.grad_clip == 0:
@@ -1379,65 +1087,76 @@ def validate(args: Args) -> Args:
 
 def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:
     """Fields of a replay row: name -> (shape, dtype)."""
-    flag = ((), torch.bool)
-    return dict(image=(shapes["image"], torch.uint8), reward=((), torch.float32), is_first=flag, is_last=flag,
-                is_terminal=flag, action=((agent.behaviour.action_dim,), torch.float32))
+    flag, number = ((), torch.bool), torch.float32
+    obs = dict(image=(shapes["image"], torch.uint8))
+    return dict(obs, reward=((), number), is_first=flag, is_last=flag, is_terminal=flag,
+                action=((agent.behaviour.action_dim,), number))
 
 
 def main(args: Args) -> None:
     # ---- set-up: processes, device, environments, networks ----
-    rank, local_rank, world_size = start_ranks(args.device)
-    device = pick_device(args.device, local_rank)
+    rank, world_size, device = start_ranks(args.device)
     cuda = device.type == "cuda"
-    args = resolve(args, device, precision="bf16" if cuda else "fp32")
+    auto = dict(precision="bf16" if cuda else "fp32", compile="on" if cuda else "off")
+    args = replace(args, action_repeat=args.action_repeat or (4 if args.env_id.startswith("ALE/") else 1),
+                   **{k: v for k, v in auto.items() if getattr(args, k) == "auto"})
     if args.num_envs % world_size or args.batch_size % world_size:
         fail(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world_size} ranks")
     num_envs, batch_size = args.num_envs // world_size, args.batch_size // world_size
     length = args.batch_length
-    envs = make_envs(args, num_envs, args.seed + rank * num_envs)
+    saved = load_checkpoint(Path(args.resume)) if args.resume else None
+    step, updates, learned = (saved[k] for k in ("step", "updates", "learned")) if saved else (0, 0, 0)
+    envs = make_envs(args, num_envs, args.seed + rank * num_envs + step)  # after a resume other episodes than at first
     torch.manual_seed(args.seed)  # the same weights on every rank
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args).to(device)
-    run, saved = run_folder(args, device), load_checkpoint(find_run(args)) if find_run(args) else None
-    if saved:
-        load_agent(saved, agent)
-    if args.eval_only:
-        with SummaryWriter(str(run)) as writer:
-            log_results(*evaluate(agent, args, device, saved["step"]), "play/episode", writer, saved["step"])
-        return
     if args.compile == "on":
         agent.compile_regions()
     optimizer = Optimizers(agent, args)
 
     # ---- the state of a run: everything that a checkpoint holds ----
+    stamp = gather_ranks(torch.tensor([time.time_ns() // 1_000_000], device=device))[0]  # the same on all ranks
+    run = Path(args.resume or f"{args.run_dir}/{run_name(args)}{stamp}")
     total = args.total_timesteps + args.total_timesteps // length + args.num_envs  # and the rows that reset
     wanted = min(args.buffer_size, max(total, (length + 1) * args.num_envs))
     rows = saved["capacity"] if saved else -(-wanted // args.num_envs)
     if rows <= length:
         fail(f"--batch-length {length} needs {length + 1} rows per environment, has {rows} (--buffer-size)")
-    specs = replay_specs(envs.shapes, agent, args)
-    place = replay_device(specs, rows * num_envs, args, device)
     run.mkdir(parents=True, exist_ok=True)
-    replay = EpisodeReplay(specs, rows, num_envs, place, run / f"replay{rank}", new=not saved,
+    specs, folder = replay_specs(envs.shapes, agent, args), run / f"replay{rank}"
+    replay = EpisodeReplay(specs, rows, num_envs, device, folder, new=not saved,
                            length=length, prioritize_ends=args.prioritize_ends)
-    ratio = Ratio(1 / args.train_every)
-    step, updates, metrics = 0, 0, {}
-    torch.manual_seed(args.seed + 1000 * rank + (saved["step"] if saved else 0))
+    torch.manual_seed(args.seed + 1000 * rank + step)  # other noise on every rank
     if saved:
-        restore(saved, optimizer, replay, device, rank)
-        step, updates, ratio.previous = saved["step"], saved["updates"], saved["ratio"]
-        envs.seed += step  # other episodes than the first ones again
+        try:
+            agent.load_state_dict(saved["agent"])
+        except RuntimeError as error:
+            fail(f"the run has other networks than these flags make ({' '.join(str(error).split())[:200]})")
+        optimizer.load_state_dict(saved["optimizer"])
+        replay.load_state_dict(saved["replay"])
+        if rank == 0:  # the others must not draw what it draws
+            torch.set_rng_state(saved["rng"][0])
+            if cuda and saved["rng"][1:]:
+                torch.cuda.set_rng_state(saved["rng"][1], device)
 
+    ratio = 1 / args.train_every
     if rank == 0:
-        writer = start_log(args, run, step if saved else None)
-        modules = [*agent.world.named_children(), *agent.behaviour.named_children()]
-        counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in modules}
+        flags = json.dumps(asdict(args), indent=1)
+        (run / "args.json").write_text(flags)
+        (run / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
+        writer = SummaryWriter(str(run), purge_step=step + 1)  # without the points that a killed life left
+        writer.add_text("hyperparameters", f"```\n{flags}\n```")
+        counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad)
+                  for part in agent.children() for name, module in part.named_children()}
         parts = ", ".join(f"{k} {v:,}" for k, v in counts.items() if v)
         print(f"run directory: {run}\ndevice: {device}, {args.precision}, compile {args.compile}\n"
-              f"parameters: {sum(counts.values()):,} ({parts})\ngradient steps per policy step: {ratio.ratio:g} "
+              f"parameters: {sum(counts.values()):,} ({parts})\ngradient steps per policy step: {ratio:g} "
               f"(batch {args.batch_size} x {args.batch_length}, after {args.learning_starts:,} random steps)")
 
     # ---- the loop: step all environments, act, store, learn ----
-    stop, episodes, clock = stop_signals(), Episodes(num_envs), (time.time(), step, updates)
+    def due(every: int) -> bool:
+        return every > 0 and step // every > before // every or step >= args.total_timesteps
+
+    stop, stopping, metrics, ret, first = stop_signals(), False, {}, math.nan, updates
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 10)  # shows steps/s and the measured time left
     state, row = agent.initial(num_envs, device), envs.reset()
@@ -1449,57 +1168,54 @@ def main(args: Args) -> None:
             state = agent.act(row, state)
         state["action"] *= torch.as_tensor(~row["is_last"], device=device)[:, None]  # none follows an episode's end
         action = state["action"].cpu().numpy()
-        decisions, stopping, ready = sum_ranks(
-            [int((~row["is_first"]).sum()), bool(stop), bool(replay.episodes)], device)  # all ranks must agree
+        news = torch.tensor([(~row["is_first"]).sum(), bool(stop), bool(replay.episodes)], device=device)
+        decisions, stopping, ready = gather_ranks(news).view(-1, 3).sum(0).tolist()  # all ranks must agree
         before, step = step, step + decisions
-        for _, ret, steps in episodes.update(row):
-            if rank == 0:
-                tqdm.write(f"global_step={step}, episodic_return={ret:g}")
-                log_results({"charts/episodic_return": ret, "charts/episodic_length": steps}, [], "", writer, step)
-
-        if step >= args.learning_starts and ready == world_size:
+        if ready == world_size and step >= args.learning_starts:
+            # 1 + pretrain updates at first, then floor(new steps x ratio), the remainder carried
+            count = int((step - learned) * ratio) if updates else 1 + args.pretrain
+            learned = learned + count / ratio if updates else step
             coefs = torch.tensor([schedule(text, step) for text in (args.ent_coef, args.rho)]).to(device)
-            for _ in range(ratio(step) + (0 if updates else args.pretrain)):
+            for _ in range(count):
                 metrics = train_step(agent, optimizer, replay, batch_size, coefs)
-                updates += 1
+            updates += count
         elif step >= args.learning_starts and replay.unusable >= 100 and not (replay.episodes or updates):
             fail(f"none of {replay.unusable} episodes can be replayed: shorter than --batch-length {length}, or "
                  f"longer than the replay of {rows} rows")
-        bar.set_postfix(dict(ret=f"{episodes.last:.4g}", updates=updates), refresh=False)
-        bar.update(step - before)
 
-        def due(every: int) -> bool:
-            return every > 0 and step // every > before // every or step >= args.total_timesteps
-
-        if due(args.save_every) or stopping:
-            check_finite(metrics, step, run)
-            replay.flush()
-            sum_ranks([0], device)  # wait until every rank has flushed
-            if rank == 0:
-                save_checkpoint(run, args, agent, optimizer, replay, device, step=step, updates=updates,
-                                capacity=rows, ratio=ratio.previous)
-        if rank == 0 and due(args.log_every) and metrics:
-            seconds, steps, count = (new - old for new, old in zip((time.time(), step, updates), clock))
-            clock = (time.time(), step, updates)
-            scalars = {"charts/SPS": steps / max(seconds, 1e-9), "charts/UPS": count / max(seconds, 1e-9),
-                       "charts/frames": step * args.action_repeat, **check_finite(metrics, step, run)}
-            log_results(scalars, [], "", writer, step)
-        if stopping:
-            if rank == 0:
-                tqdm.write(f"saved at step {step}; continue with --resume {run}")
-            break
         if rank == 0:
+            for ret, steps in zip(envs.ret[row["is_last"]], envs.length[row["is_last"]]):
+                tqdm.write(f"global_step={step}, episodic_return={ret:g}")
+                log_results(writer, step, {"charts/episodic_return": ret, "charts/episodic_length": steps})
+            bar.set_postfix(ret=f"{ret:.4g}", updates=updates, refresh=False)
+            bar.update(step - before)
+            if metrics and (due(args.save_every) or due(args.log_every) or stopping):  # one transfer to the host
+                values = dict(zip(metrics, torch.stack([m.float() for m in metrics.values()]).tolist()))
+                for name, value in values.items():
+                    if name.startswith(("losses/", "grad/")) and not math.isfinite(value):
+                        fail(f"{name} is {value} at step {step}; stopped, the last good checkpoint stays in {run}")
+            if due(args.save_every) or stopping:
+                save_checkpoint(run, args, agent, optimizer, replay, device, step=step, updates=updates,
+                                learned=learned, capacity=rows)
+            if due(args.log_every) and metrics:
+                seconds = bar.format_dict["elapsed"]
+                speed = {"charts/SPS": (step - bar.initial) / seconds, "charts/UPS": (updates - first) / seconds}
+                log_results(writer, step, {**speed, "charts/frames": step * args.action_repeat, **values})
             with torch.random.fork_rng([device] if cuda else []):  # looking changes nothing
-                if due(args.video_every) and replay.episodes:
-                    log_results(*open_loop_video(agent, replay, args), "dream/open_loop", writer, step)
-                if due(args.eval_every) and args.eval_episodes:
-                    log_results(*evaluate(agent, args, device, step), "eval/episode", writer, step)
+                if due(args.video_every) and replay.episodes and not stopping:
+                    log_results(writer, step, *open_loop_video(agent, replay, args))
+                if due(args.eval_every) and args.eval_episodes and step < args.total_timesteps and not stopping:
+                    log_results(writer, step, evaluate(agent, args, device, step))
+        if stopping:
+            break
         row = envs.step(action)
     bar.close()
     if rank == 0:
+        if stopping:
+            print(f"saved at step {step}; continue with --resume {run}")
+        elif args.eval_episodes:  # also after the resume of a run that had ended
+            log_results(writer, step, evaluate(agent, args, device, step))
         writer.close()
-        if not updates:
-            print("no update was made: replay never held enough rows")
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -7,14 +7,12 @@ Run      python dreamer_v3.py --env-id ALE/Pong-v5                      Atari 10
          python dreamer_v3.py --preset tiny                             every phase in two minutes on a CPU
          python dreamer_v3.py --env-id CartPole-v1 --train-ratio 512    vectors (--pixels: the rendered image)
          python dreamer_v3.py --resume auto                             go on after Ctrl-C, SIGTERM or a crash
-         python dreamer_v3.py --eval-only --checkpoint runs/NAME        play with a trained policy
+         python dreamer_v3.py --resume runs/NAME --eval-episodes 100    a run that has ended is evaluated again
          torchrun --standalone --nproc_per_node=2 dreamer_v3.py --num-envs 2      two GPUs, or two CPU processes
 
 Index    One replay row t holds what belongs to one moment:
-
             obs_t  reward_t  is_first_t  is_last_t  is_terminal_t | action_t         (h_t, z_t)
             '---------- arrived together, caused by action_{t-1}  '- chosen on obs_t '- posterior that chose it
-
          A training sequence is T+1 rows. Row 0 only lends (h_0, z_0) and action_0; losses run on rows 1..T:
             h_t = f(h_{t-1}, z_{t-1}, action_{t-1})   z_t ~ q(z_t | h_t, obs_t)   h, z, action zeroed at is_first_t
          In a dream, reward and continue belong to the state that is entered:
@@ -58,12 +56,11 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import distributions
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +71,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from gymnasium.spaces import Box, Dict, Discrete
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -101,22 +99,17 @@ class Args:
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
     save_every: int = 10_000  # policy steps between checkpoints
-    eval_every: int = 0  # policy steps between evaluations; 0: one at the end
-    eval_episodes: int = 10  # episodes per evaluation
-    eval_only: bool = False  # evaluate --checkpoint and stop
-    checkpoint: str = ""  # run directory or checkpoint file for --eval-only
+    eval_every: int = 0  # policy steps between evaluations; one at the end in any case
+    eval_episodes: int = 10  # episodes per evaluation; 0: none
     video_every: int = 50_000  # policy steps between open-loop videos; 0: one at the end
     log_every: int = 1_000  # policy steps between metric logs
 
     image_size: int = 64  # side of the square image, a multiple of 16 (official: 64; Atari 200M: 96)
-    grayscale: bool = False  # Atari in gray (official Atari 200M)
     action_repeat: int | None = None  # environment steps per policy step; None: 4 on Atari, 1 elsewhere (official)
     sticky_actions: float = 0.0  # Atari: probability that a frame repeats the last action (official; 200M: 0.25)
-    full_action_space: bool = False  # Atari: all 18 actions (official Atari 200M)
     pixels: bool = False  # learn from the rendered image instead of the environment's own observation
 
     buffer_size: int = 5_000_000  # replay rows over all environments (official); at most total_timesteps, also resumed
-    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPU if it fits in half its free memory, else files
     learning_starts: int = 0  # policy steps before the first update; 0: B*T + T*num_envs (official)
     batch_size: int = 16  # sequences per update, B (official)
     batch_length: int = 64  # steps per sequence, T, plus one of context (official)
@@ -139,38 +132,16 @@ class Args:
     agc: float = 0.3  # gradient norm allowed per tensor, relative to the tensor's norm; 0: no clipping (official)
 
 
-PRESETS = dict(
-    default={},  # D11
-    tiny=dict(size="size1m", total_timesteps=1_200, batch_size=8, batch_length=16, train_ratio=32.0, lr=3e-4,
-              warmup=50, save_every=600, video_every=600, log_every=100, eval_episodes=1, buffer_size=100_000),
-)
+PRESETS = dict(default={}, tiny=dict(  # D11
+    size="size1m", total_timesteps=1_200, batch_size=8, batch_length=16, train_ratio=32.0, lr=3e-4, warmup=50,
+    save_every=600, video_every=600, log_every=100, eval_episodes=1, buffer_size=100_000))
 
 
-# ==== shared: device ====
+# ==== shared: device and ranks ====
 def fail(message: str):
     """For everything the user can mend: one clear line on stderr, exit status 2, no traceback."""
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own beside a progress bar
     raise SystemExit(2)
-
-
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The torch device for --device; naming an absent one is an error."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("cpu, cuda and mps are supported")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name} is not usable here ({str(error).splitlines()[0]}); try --device auto")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-    elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc: keep freed memory (no mmap, no trim); page faults on what was given back cost 8 % of an update
-        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
-    return device
 
 
 def autocast(args, device: torch.device):
@@ -181,6 +152,46 @@ def autocast(args, device: torch.device):
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Norms, softmaxes, losses and returns run in float32 also under bf16; float64 stays (tests)."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def start_ranks(name: str) -> tuple[int, int, torch.device]:
+    """(rank, world size, device) of this process for --device; torchrun's form a group: nccl on CUDA, else gloo."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} is not usable here ({str(error).splitlines()[0]}); try --device auto")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc: keep freed memory (no mmap, no trim); page faults on what was given back cost 10 % of an update
+        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        # rank 0 evaluates while the others wait
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    return int(os.environ.get("RANK", 0)), world_size, device
+
+
+def gather_ranks(x: torch.Tensor) -> torch.Tensor:
+    """(n,) of every rank -> (world_size*n,), for statistics of the joint batch and what all ranks must agree on."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def average_ranks(tensors: list[torch.Tensor]) -> None:
+    """Mean over ranks in place, as one flat message: with equal shards, the gradient of the joint batch."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, part in zip(tensors, (flat / dist.get_world_size()).split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))  # keeps the strides
 # ==== end shared ====
 
 
@@ -191,33 +202,24 @@ def symlog(x: torch.Tensor) -> torch.Tensor:  # D1
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 
-def symexp(x: torch.Tensor) -> torch.Tensor:
-    """sign(x) (exp|x| - 1), the inverse of symlog. Eq. 9 (arXiv:2301.04104v2)."""
-    return torch.sign(x) * torch.expm1(torch.abs(x))
-
-
 def symexp_bins(count: int = 255) -> torch.Tensor:  # D2
-    """(count,) bin centres, exactly antisymmetric, up to +-4.85e8. Eq. 10 (arXiv:2301.04104v2)."""
-    half = symexp(torch.linspace(-20, 0, (count + 1) // 2))
+    """(count,) bins sign(x) (exp|x| - 1), x in [-20, 20], exactly antisymmetric. Eq. 10 (arXiv:2301.04104v2)."""
+    half = -torch.expm1(-torch.linspace(-20, 0, (count + 1) // 2))
     return torch.cat([half, -half[: count // 2].flip(0)])
 
 
 def twohot_loss(logits: torch.Tensor, target: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
     """Cross entropy of softmax(logits (...,K)) with twohot(target (...)), (...). Eq. 11 (arXiv:2301.04104v2).
-
-    Weights are linear in raw space; a target outside the bins puts all weight on the border bin. The dense (...,K)
-    target is never built: -sum twohot * log_softmax = logsumexp - w_below * logit_below - w_above * logit_above."""
-    logits, above = at_least_float32(logits), torch.bucketize(target, bins, right=True)  # = count(bins <= target)
-    below, above = (above - 1).clamp(min=0), above.clamp(max=len(bins) - 1)
-    low, high = bins[below], bins[above]
-    weight = ((target - low) / torch.where(high > low, high - low, 1)).clamp(0, 1)
-    picked = logits.gather(-1, torch.stack([below, above], -1))
-    return logits.logsumexp(-1) - torch.lerp(picked[..., 0], picked[..., 1], weight)
+    Weights are linear in raw space. The dense target is never built: -sum twohot * log_softmax = logsumexp - lerp."""
+    logits, target = at_least_float32(logits), target.clamp(bins[0], bins[-1])
+    above = torch.bucketize(target, bins, right=True).clamp(max=len(bins) - 1)
+    low, high = bins[above - 1], bins[above]
+    picked = logits.gather(-1, torch.stack([above - 1, above], -1))
+    return logits.logsumexp(-1) - torch.lerp(picked[..., 0], picked[..., 1], (target - low) / (high - low))
 
 
 def twohot_mean(logits: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
     """Expected value of softmax(logits (...,K)) over the bins, (...). Eq. 10 (arXiv:2301.04104v2).
-
     Trap: bins reach 4.85e8, so a plain sum gives -0.4 instead of 0 at initialisation. Subtracting mirrored
     probabilities first is exactly 0 for a uniform distribution (the middle bin is 0)."""
     probs, half = at_least_float32(logits).softmax(-1), len(bins) // 2
@@ -257,7 +259,6 @@ def log_unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:
 
 def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, mix: float, free_nats: float) -> tuple:  # D3
     """dyn = max(free, KL(sg q || p)), rep = max(free, KL(q || sg p)), and the KL, (T,B). Eq. 3 (arXiv:2301.04104v2).
-
     The stop-gradients let dyn train only the prior, rep only the posterior. Free nats apply to the KL summed over the
     groups, which avoids the solution where both collapse; per group, nothing below 32 nats would be trained."""
     post, prior = log_unimix(post_logits, mix), log_unimix(prior_logits, mix)
@@ -267,74 +268,16 @@ def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, mix: float,
 
 def lambda_return(reward: torch.Tensor, value: torch.Tensor, live: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
     """R_k = r_{k+1} + live_{k+1} ((1-lam_{k+1}) v_{k+1} + lam_{k+1} R_{k+1}), R_H = v_H. Eq. 7 (arXiv:2301.04104v2).
-
-    Inputs (H+1,...), time first, result (H,...). `live` contains the discount. Reward and live are those of the state
-    that is entered, index k+1. Source: `agent.lambda_return`."""
-    step = reward[1:] + live[1:] * (1 - lam[1:]) * value[1:]
-    decay = live[1:] * lam[1:]
-    ret, rets = value[-1], []
-    for r, d in zip(reversed(step.unbind(0)), reversed(decay.unbind(0))):
-        ret = torch.addcmul(r, d, ret)
-        rets.append(ret)
-    return torch.stack(rets[::-1])
-
-
-class Categorical:  # D4
-    """Discrete policy over logits (...,A) with one-hot actions. Source: `outs.OneHot`."""
-
-    def __init__(self, logits: torch.Tensor, mix: float):
-        self.log_probs = log_unimix(logits, mix)
-
-    def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        return sample_onehot(self.log_probs.detach().exp(), noise)
-
-    def log_prob(self, action: torch.Tensor) -> torch.Tensor:
-        return (self.log_probs * action).sum(-1)
-
-    def entropy(self) -> torch.Tensor:
-        return entropy(self.log_probs)
-
-
-class BoundedNormal(torch.distributions.Independent):  # D10
-    """Continuous policy Normal(tanh m, 0.1 + 0.9 sigmoid(s + 2)) over raw = [m, s] (...,2A). Source: `bounded_normal`.
-
-    Not squashed: log_prob is that of the raw sample, which the environment clips to [-1, 1]."""
-
-    def __init__(self, raw: torch.Tensor):
-        mean, std = at_least_float32(raw).chunk(2, -1)
-        normal = torch.distributions.Normal(mean.tanh(), 0.1 + 0.9 * (std + 2).sigmoid(), validate_args=False)
-        super().__init__(normal, 1, validate_args=False)
-
-    def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        return (self.base_dist.mean + self.base_dist.stddev * noise).detach()
+    Inputs (H+1,...), result (H,...). `live` contains the discount; reward and live are those of the state entered."""
+    rets, step = [value[-1]], reward[1:] + live[1:] * (1 - lam[1:]) * value[1:]
+    for r, decay in zip(step.flip(0), (live[1:] * lam[1:]).flip(0)):
+        rets.append(torch.addcmul(r, decay, rets[-1]))
+    return torch.stack(rets[:0:-1])  # in order of time, without R_H
 
 
 # ======== 4. environment ========
 
 # ==== shared: environment ====
-def resize(images: np.ndarray, size: int) -> np.ndarray:
-    """(N,Y,X,C) uint8 -> (N,size,size,C), antialiased: Pillow's BILINEAR (official: V1, V3, IRIS) to one gray level."""
-    if images.shape[1:3] == (size, size):
-        return images
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
-
-
-def area_weights(source: int, target: int) -> np.ndarray:
-    """(target, source) weights of an exact area average: the overlap of target cells with source pixels."""
-    edges, pixels = np.arange(target + 1)[:, None] * source / target, np.arange(source)
-    overlap = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
-    return overlap.clip(0) * target / source
-
-
-def resize_area(frames: np.ndarray, size: int) -> np.ndarray:
-    """(N,Y,X,C) uint8 -> (N,size,size,C) by area average, as OpenCV's INTER_AREA."""
-    if frames.shape[1:3] == (size, size):
-        return frames
-    rows, cols = area_weights(frames.shape[1], size), area_weights(frames.shape[2], size)
-    return np.rint(np.einsum("yh,nhwc,xw->nyxc", rows, frames, cols, optimize=True)).astype(np.uint8)
-
-
 class Envs:
     """`num_envs` copies of an environment; a row of arrays (N,...) per step. Edit here for anything unusual.
 
@@ -343,13 +286,15 @@ class Envs:
     Observations: uint8 images, resized and stacked by channel, are `image`; other Boxes, joined, are `vector`.
     Actions: Discrete, or Box: clipped to [-1, 1], then mapped to the bounds where they are finite.
     ALE/ ids are ale-py's own vector environment, options in `atari`; with life_loss_info a lost life is terminal, but
-    the game goes on. Other ids run one after the other in this process; `pixels`: seen by their rendered image, if it
-    is None those that do not show one image."""
+    the game goes on. `pixels`: other ids are seen by their rendered image; None: if they do not show one image.
+    `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
 
-    def __init__(self, args, num_envs: int, seed: int, size: int, gray=False, pixels: bool | None = None, **atari):
+    def __init__(self, args, num_envs: int, seed: int, size: int, pixels: bool | None = None, **atari):
         self.num_envs, self.seed, self.size, self.atari = num_envs, seed, size, args.env_id.startswith("ALE/")
-        self.gray, self.life_loss = gray and self.atari, atari.get("life_loss_info", False) and self.atari
+        self.life_loss = self.atari and atari.get("life_loss_info", False)
         next_step = gymnasium.vector.AutoresetMode.NEXT_STEP
+        wrappers = [lambda env: gymnasium.wrappers.RepeatAction(env, args.action_repeat)]
+        options = dict(vectorization_mode="sync", wrappers=wrappers, vector_kwargs=dict(autoreset_mode=next_step))
         try:
             if self.atari:
                 options = dict(
@@ -357,16 +302,13 @@ class Envs:
                     maxpool=True, noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
                     repeat_action_probability=args.sticky_actions, max_num_frames_per_episode=108_000,
                     autoreset_mode=next_step) | atari
-            else:
-                if pixels is None:
-                    with gymnasium.make(args.env_id) as probe:
-                        pixels = len(getattr(probe.observation_space, "shape", None) or ()) != 3
-                wrappers = [lambda env: gymnasium.wrappers.RepeatAction(env, args.action_repeat)]
-                wrappers += [gymnasium.wrappers.AddRenderObservation] if pixels else []
-                options = dict(vectorization_mode="sync", wrappers=wrappers,
-                               vector_kwargs=dict(autoreset_mode=next_step))
-                options |= dict(render_mode="rgb_array") if pixels else {}
-                if pixels and "dm_control/" in args.env_id:  # official: small images, the camera that follows
+            elif pixels is None:
+                with gymnasium.make(args.env_id) as probe:
+                    pixels = len(getattr(probe.observation_space, "shape", None) or ()) != 3
+            if pixels and not self.atari:
+                wrappers.append(gymnasium.wrappers.AddRenderObservation)
+                options["render_mode"] = "rgb_array"
+                if "dm_control/" in args.env_id:  # official: small images, the camera that follows
                     camera = 2 if "quadruped" in args.env_id else 0
                     options["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
             self.envs = gymnasium.make_vec(args.env_id, num_envs, **options)
@@ -374,27 +316,26 @@ class Envs:
             fail(f"--env-id {args.env_id}: {(str(error) or repr(error)).splitlines()[0]}")  # such as: did you mean ...
         space, self.act = self.envs.single_observation_space, self.envs.single_action_space
         if self.atari:  # as `_row` returns it
-            space = gymnasium.spaces.Box(0, 255, (size, size, 1 if options["grayscale"] else 3), np.uint8)
-        spaces = dict(space) if isinstance(space, gymnasium.spaces.Dict) else {"obs": space}
-        dims = {k: len(s.shape) if isinstance(s, gymnasium.spaces.Box) else 9 for k, s in spaces.items()}
-        self.images = sorted(k for k, s in spaces.items() if dims[k] == 3 and s.dtype == np.uint8 and s.shape[0] > 4)
-        self.vectors = sorted(spaces.keys() - self.images)
-        for key in self.vectors:
-            if dims[key] > 2 or dims[key] == 2 and spaces[key].dtype == np.uint8:
-                fail(f"{args.env_id}: observation {spaces[key]} is not supported; uint8 (Y,X,C) images, Box vectors "
-                     "and Dicts of them are (gymnasium.wrappers.FlattenObservation may help, or edit Envs)")
-        if not isinstance(self.act, (gymnasium.spaces.Discrete, gymnasium.spaces.Box)):
-            fail(f"{args.env_id}: action space {self.act} is not supported; Discrete and Box are")
-        self.discrete = isinstance(self.act, gymnasium.spaces.Discrete)
+            space = Box(0, 255, (size, size, 1 if options["grayscale"] else 3), np.uint8)
+        spaces = dict(space) if isinstance(space, Dict) else {"obs": space}
+        boxes = {k: s for k, s in spaces.items() if isinstance(s, Box)}
+        images = {k for k, s in boxes.items() if s.dtype == np.uint8 and len(s.shape) > 1}
+        self.images = sorted(k for k in images if len(spaces[k].shape) == 3 and spaces[k].shape[0] > 4)  # not (C,Y,X)
+        self.vectors = sorted(k for k in boxes.keys() - images if len(spaces[k].shape) < 3)
+        self.discrete = isinstance(self.act, Discrete)
+        if len(self.images + self.vectors) < len(spaces) or not (self.discrete or isinstance(self.act, Box)):
+            fail(f"{args.env_id}: {space} with actions {self.act} is not supported; uint8 (Y,X,C) images, Box vectors "
+                 "and Dicts of them are, with Discrete or Box actions (wrap the environment, or edit Envs)")
         self.action_dim = int(self.act.n) if self.discrete else math.prod(self.act.shape)
-        channels = 1 if self.gray else sum(spaces[k].shape[-1] for k in self.images)
-        self.shapes = {"image": (size, size, channels)} if self.images else {}
+        self.shapes = {}
+        if self.images:
+            self.shapes["image"] = (size, size, sum(spaces[k].shape[-1] for k in self.images))
         if self.vectors:
             self.shapes["vector"] = tuple(math.prod(spaces[k].shape) for k in self.vectors)  # the length of each part
 
     def reset(self) -> dict[str, np.ndarray]:
         obs, _ = self.envs.reset(seed=self.seed)
-        self.over = zeros = np.zeros(self.num_envs, bool)
+        self.ret = self.length = self.over = zeros = np.zeros(self.num_envs, bool)
         return self._row(obs, zeros, zeros, ~zeros)
 
     def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
@@ -412,15 +353,15 @@ class Envs:
         return self._row(obs, reward, terminated, first)
 
     def _row(self, obs, reward, terminated, first):
+        self.ret = np.where(first, 0, self.ret + reward)
+        self.length = np.where(first, 0, self.length + 1)
         if self.atari:
             obs = obs[:, 0] if obs.ndim == 5 else obs[:, 0, ..., None]
         obs, row = obs if isinstance(obs, dict) else {"obs": obs}, {}
-        if self.images:
-            to_size = resize if self.atari else resize_area
-            image = np.concatenate([to_size(obs[k], self.size) for k in self.images], -1)
-            if self.gray:  # after max and resize, truncated to uint8 as `embodied.envs.atari` does
-                image = (image * np.array([0.299, 0.587, 1 - (0.299 + 0.587)])).sum(-1, keepdims=True).astype(np.uint8)
-            row["image"] = image
+        if self.images:  # antialiased as Pillow's BILINEAR, to one gray level (official: V1, V3, IRIS)
+            x = [torch.from_numpy(obs[k]).permute(0, 3, 1, 2) for k in self.images]
+            x = torch.cat([F.interpolate(i, (self.size, self.size), mode="bilinear", antialias=True) for i in x], 1)
+            row["image"] = x.permute(0, 2, 3, 1).numpy()
         if self.vectors:
             parts = [np.reshape(obs[k], (self.num_envs, -1)) for k in self.vectors]
             row["vector"] = np.concatenate(parts, -1, dtype=np.float32)
@@ -430,10 +371,8 @@ class Envs:
 
 
 def make_envs(args: Args, num_envs: int, seed: int) -> Envs:
-    """The one place that knows which environment it is: anything with `reset`, `step`, `shapes`, `action_dim`,
-    `discrete` and `seed` as in Envs will do."""
-    return Envs(args, num_envs, seed, args.image_size, args.grayscale, args.pixels,  # D11
-                full_action_space=args.full_action_space)
+    """Anything with `reset`, `step`, `shapes`, `action_dim`, `discrete`, `ret` and `length` as in Envs will do."""
+    return Envs(args, num_envs, seed, args.image_size, args.pixels)  # D11
 
 
 # ======== 5. replay ========
@@ -443,36 +382,37 @@ class Storage:
     """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...) by field name.
 
     `specs`: name -> (shape, dtype). Each field is a memory-mapped file in `folder`, made if `new`: it takes no RAM of
-    its own and survives a kill. On a GPU the fields live there, and `flush` copies new rows to the files.
+    its own and survives a kill. `data`: a copy on the GPU if it fits in half of its free memory, else the files. New
+    rows go to both. `beside`: bytes per row that someone else keeps on the same device.
     `rows` counts all rows ever added; the newest `size` of them are valid."""
 
-    def __init__(self, specs: dict, capacity: int, num_envs: int, device: torch.device, folder: Path, new: bool = True):
-        self.capacity, self.num_envs, self.device, self.folder = capacity, num_envs, device, folder
-        self.rows = self.size = self.flushed = 0
+    def __init__(self, specs: dict, capacity: int, num_envs: int, device: torch.device, folder: Path, new: bool = True,
+                 beside: int = 0):
+        self.capacity, self.num_envs, self.rows, self.size, self.files = capacity, num_envs, 0, 0, {}
+        row, rows = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()), capacity * num_envs
+        fits = device.type == "cuda" and (row + beside) * rows <= torch.cuda.mem_get_info(device)[0] / 2
+        self.device = device if fits else torch.device("cpu")
+        print(f"replay: {rows:,} rows x {row:,} bytes = {row * rows / 2**30:.2f} GiB, {self.device}")
         folder.mkdir(exist_ok=True)
-        self.data, self.files = {}, {}
         # the row's number comes first: a row whose overwriting was cut off by a kill does not pass for the old one
         for name, (shape, dtype) in dict(number=((), torch.int64), **specs).items():
-            path, count = folder / f"{name}.bin", capacity * num_envs * math.prod(shape)
-            if new:  # takes all its disk space: a full disk is an OSError now, not a crash later
+            path, count = folder / f"{name}.bin", rows * math.prod(shape)
+            if new:
                 with open(path, "wb") as file:
-                    allocate = getattr(os, "posix_fallocate", lambda number, _, size: os.truncate(number, size))
-                    try:
-                        allocate(file.fileno(), 0, count * dtype.itemsize)
-                    except OSError:
-                        shutil.rmtree(folder)  # half a replay would keep the disk full
-                        raise
+                    file.truncate(count * dtype.itemsize)
+                    if hasattr(os, "posix_fallocate"):  # takes the disk space: an OSError now, not a crash later
+                        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
             if path.stat().st_size != count * dtype.itemsize:
                 fail(f"{path} is damaged, or of other --num-envs, --precision, sizes or number of processes")
             file = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
             self.files[name] = file.view(capacity, num_envs, *shape)
-            self.data[name] = self.files[name].to(device)
+        self.data = {name: file.to(self.device) for name, file in self.files.items()}
 
     def add(self, row: dict) -> None:
         """Append one row: arrays or tensors (num_envs,...) for every field."""
-        row = dict(row, number=self.rows)
-        for name, tensor in self.data.items():
-            tensor[self.rows % self.capacity] = torch.as_tensor(row[name])
+        row, at = dict(row, number=self.rows), self.rows % self.capacity
+        for name, file in self.files.items():
+            file[at] = self.data[name][at] = torch.as_tensor(row[name])
         self.rows, self.size = self.rows + 1, min(self.size + 1, self.capacity)
 
     def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
@@ -486,44 +426,19 @@ class Storage:
             field = self.data[name].flatten(0, 1)  # trap: must be a view; writing to an indexed copy is lost
             field.index_copy_(0, index.flatten(), value.flatten(0, index.dim() - 1).to(field))
 
-    def flush(self) -> None:
-        """Bring the files up to date, so that a checkpoint may count on all rows."""
-        new = torch.arange(self.flushed, self.rows) % self.capacity
-        for name, file in self.files.items():
-            if self.device.type != "cpu":
-                file[new] = self.data[name][new.to(self.device)].cpu()
-            with open(self.folder / f"{name}.bin", "r+b") as opened:
-                os.fsync(opened.fileno())
-        self.flushed = self.rows
-
     def state_dict(self) -> dict:
-        return dict(rows=self.rows, size=self.size)
+        return dict(rows=self.rows)
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue at a checkpoint, without the old rows that were overwritten after it was made."""
-        self.rows = self.flushed = state["rows"]
-        saved = torch.arange(self.rows - state["size"], self.rows)
-        self.size = int((self.files["number"][saved % self.capacity, 0] == saved).sum())
-
-
-def replay_device(specs: dict, rows: int, args, device: torch.device, beside: int = 0) -> torch.device:
-    """Where replay goes: the GPU if it fits in half of the free memory, else files. Says how large it is.
-
-    `beside`: bytes per row that are kept in the same memory and never in files."""
-    row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-    fits = device.type == "cuda" and (row + beside) * rows <= torch.cuda.mem_get_info(device)[0] / 2
-    if args.buffer_device == "cuda" and not fits:
-        free = (row + beside) * rows / 2**29
-        fail(f"--buffer-device cuda needs a GPU with {free:.1f} GiB of free memory, or a smaller --buffer-size")
-    device = device if fits and args.buffer_device != "cpu" else torch.device("cpu")
-    print(f"replay: {rows:,} rows x {row:,} bytes = {row * rows / 2**30:.2f} GiB, {device.type}")
-    return device
+        """Continue at a checkpoint, without the old rows that were overwritten after it was made: others' numbers."""
+        self.rows = state["rows"]
+        newest = torch.arange(self.rows - 1, max(self.rows - self.capacity, 0) - 1, -1)
+        self.size = int((self.files["number"][newest % self.capacity, 0] == newest).cumprod(0).sum())
 # ==== end shared ====
 
 
 class SequenceReplay(Storage):  # D9
     """Uniform sequences of endless streams that may cross episode borders. Source: `Replay`, `selectors.Uniform`.
-
     Online queue: once a stream has `length` new rows they are handed out once, before the uniform samples."""
 
     online = 0  # sequences that were handed out so
@@ -536,15 +451,16 @@ class SequenceReplay(Storage):  # D9
         """-> fields (length,batch_size,...) on the device, and their positions for `write`."""
         oldest = self.rows - self.size
         start, env = torch.rand((2, batch_size), dtype=torch.float64, device=self.device)
-        start = oldest + (start * (self.size - length + 1)).long()
-        env = (env * self.num_envs).long()
+        start, env = oldest + (start * (self.size - length + 1)).long(), (env * self.num_envs).long()
         if online:  # sequence k of a stream begins at row 1 + k * length (official)
             first = max(self.online, -(-(oldest - 1) // length) * self.num_envs)
             self.online = max(first, min(first + batch_size, (self.rows - 1) // length * self.num_envs))
             fresh = torch.arange(first, self.online, device=self.device)
             start[: len(fresh)], env[: len(fresh)] = 1 + fresh // self.num_envs * length, fresh % self.num_envs
         batch, index = self.gather(start + torch.arange(length, device=self.device)[:, None], env.expand(length, -1))
-        return annotate(batch), index
+        batch["is_first"][0] = True  # a sequence begins as an episode does, and an abandoned episode ends (official)
+        batch["is_last"][:-1] |= batch["is_first"][1:]
+        return batch, index
 
     def state_dict(self) -> dict:
         return dict(super().state_dict(), online=self.online)
@@ -554,55 +470,22 @@ class SequenceReplay(Storage):  # D9
         self.online = state["online"]
 
 
-def annotate(batch: dict) -> dict:
-    """A sequence begins as an episode does, and an abandoned episode ends. Source: `Replay._annotate_batch`."""
-    first, last = batch["is_first"].clone(), batch["is_last"].clone()
-    first[0] = True
-    last[:-1] |= first[1:]
-    return dict(batch, is_first=first, is_last=last)
-
-
-# ==== shared: update ratio ====
-class Ratio:
-    """Updates due: one at the first call, then floor(rows x ratio), the remainder carried. Source: `when.Ratio`."""
-
-    def __init__(self, ratio: float):
-        self.ratio, self.previous = ratio, None
-
-    def __call__(self, step: int) -> int:
-        if self.previous is None:
-            self.previous = step
-            return 1
-        updates = int((step - self.previous) * self.ratio)
-        self.previous += updates / self.ratio
-        return updates
-# ==== end shared ====
-
-
 def split_context(batch: dict) -> tuple[dict, dict]:  # D9, D12
-    """Rows 0..T (T+1,B,...) -> carry and previous actions, and rows 1..T to train on. Source: `_apply_replay_context`.
-
+    """Rows 0..T (T+1,B,...) -> rows 1..T to train on, and what `RSSM.observe` needs beside their tokens.
     Row 0 lends its stored latents and its action. The forced is_first sits on row 0, so it does not reset row 1."""
-    carry = dict(deter=batch["deter"][0], stoch=batch["stoch"][0], action=batch["action"][:-1])
-    return carry, {k: v[1:] for k, v in batch.items()}
+    return {k: v[1:] for k, v in batch.items()}, dict(prev_action=batch["action"][:-1], is_first=batch["is_first"][1:],
+                                                      deter=batch["deter"][0], stoch=batch["stoch"][0])
 
 
 # ======== 6. networks ========
 
-def init_weight(weight: torch.Tensor, fan_in: int, scale: float = 1.0) -> nn.Parameter:
-    """Normal truncated at 2 sigma, resulting std scale/sqrt(fan_in). Source: `nets.Initializer` (trunc_normal_in)."""
-    sigma = 1.1368 / math.sqrt(fan_in)
-    nn.init.trunc_normal_(weight, 0.0, sigma, -2 * sigma, 2 * sigma)  # trap: the bounds are values, not multiples
-    return nn.Parameter(weight.detach() * scale)
-
-
-class Linear(nn.Linear):
-    """(...,in) -> (...,out) with official initialisation; `scale` 0 makes an output layer start at exactly zero."""
-
-    def __init__(self, inputs: int, outputs: int, scale: float = 1.0):
-        super().__init__(inputs, outputs)
-        self.weight = init_weight(self.weight, inputs, scale)
-        nn.init.zeros_(self.bias)
+def init(layer: nn.Module, scale: float = 1.0, fan_in: int | None = None) -> nn.Module:
+    """Bias 0, weight normal truncated at 2 sigma, std scale/sqrt(fan_in). Source: `Initializer` (trunc_normal_in)."""
+    sigma = 1.1368 / math.sqrt(fan_in or layer.weight[0].numel())
+    nn.init.trunc_normal_(layer.weight, 0.0, sigma, -2 * sigma, 2 * sigma)  # trap: the bounds are values, not multiples
+    layer.weight.data *= scale
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class BlockLinear(nn.Module):  # D5
@@ -610,65 +493,34 @@ class BlockLinear(nn.Module):  # D5
 
     def __init__(self, inputs: int, outputs: int, blocks: int):
         super().__init__()
-        # trap: fan_in is the full input width; a per-block fan_in would give sqrt(blocks) times larger weights
-        self.weight = init_weight(torch.empty(blocks, inputs // blocks, outputs // blocks), inputs)
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
+        self.bias = nn.Parameter(torch.empty(outputs))
+        init(self, fan_in=inputs)  # trap: that of a block would give sqrt(blocks) times larger weights
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.bmm(x.unflatten(-1, self.weight.shape[:2]).transpose(0, 1), self.weight)
-        return y.transpose(0, 1).flatten(1) + self.bias
+        return torch.einsum("ngi,gio->ngo", x.unflatten(-1, self.weight.shape[:2]), self.weight).flatten(1) + self.bias
 
 
 class NormSiLU(nn.RMSNorm):  # D5
     """RMSNorm over the last axis with a scale and eps 1e-4, in float32, then SiLU. Source: `nets.Norm`."""
 
-    def __init__(self, width: int):
-        super().__init__(width, eps=1e-4)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.silu(super().forward(at_least_float32(x))).to(x.dtype)
+        return F.silu(F.rms_norm(at_least_float32(x), self.weight.shape, self.weight, 1e-4)).to(x.dtype)
 
 
-def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
-    """`layers` x [linear, RMSNorm, SiLU]; (...,inputs) -> (...,units)."""
-    return nn.Sequential(*[m for i in range(layers) for m in (Linear(units if i else inputs, units), NormSiLU(units))])
+def mlp(inputs: int, units: int, layers: int, outputs: int = 0, scale: float = 1.0) -> nn.Sequential:
+    """`layers` x [linear, RMSNorm, SiLU], then a linear layer to `outputs`, if any; (...,inputs) -> (...,outputs)."""
+    hidden = [m for i in range(layers) for m in (init(nn.Linear(units if i else inputs, units)), NormSiLU(units))]
+    return nn.Sequential(*hidden, *([init(nn.Linear(units, outputs), scale)] if outputs else []))
 
 
-def head(inputs: int, units: int, layers: int, outputs: int, scale: float) -> nn.Sequential:
-    """MLP with a linear output; (...,inputs) -> (...,outputs)."""
-    return nn.Sequential(mlp(inputs, units, layers), Linear(units, outputs, scale))
-
-
-class Parallel(nn.ModuleList):
-    """Concatenated outputs of several layers on one input."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([layer(x) for layer in self], -1)
-
-
-class Conv(nn.Conv2d):  # D5
-    """5x5 'same' convolution, official initialisation, on (N,Y,X,C): channels last, as the norm and NumPy want them."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, 5, padding=2)
-        self.weight = init_weight(self.weight, 25 * inputs)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class UpConv(Conv):  # D5
-    """Nearest upsampling x2, then the 5x5 convolution; (N,Y,X,in) -> (N,2Y,2X,out).
-
+def upsample_convolve(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:  # D5
+    """Nearest upsampling x2, then the 5x5 convolution; (N,in,Y,X) -> (N,out,2Y,2X).
     Computed at low resolution: summed over the 2x2 pixels that share an input, the kernel is 6x6, and each of the four
-    output phases sees 3x3 of it. Plain form: `super().forward(x.repeat_interleave(2, 1).repeat_interleave(2, 2))`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kernel = 4 * F.avg_pool2d(self.weight, 2, stride=1, padding=1)  # (out,in,6,6)
-        phases = torch.stack([kernel[:, :, a::2, b::2] for a in (1, 0) for b in (1, 0)], 1).flatten(0, 1)
-        y = F.conv2d(x.permute(0, 3, 1, 2), phases, self.bias.repeat_interleave(4), padding=1)
-        return F.pixel_shuffle(y, 2).permute(0, 2, 3, 1)
+    output phases sees 3x3 of it. Plain form: `conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))`."""
+    kernel = 4 * F.avg_pool2d(conv.weight, 2, stride=1, padding=1)  # (out,in,6,6)
+    phases = torch.stack([kernel[:, :, a::2, b::2] for a in (1, 0) for b in (1, 0)], 1).flatten(0, 1)
+    return F.pixel_shuffle(F.conv2d(x, phases, conv.bias.repeat_interleave(4), padding=1), 2)
 
 
 class Encoder(nn.Module):
@@ -676,25 +528,25 @@ class Encoder(nn.Module):
 
     def __init__(self, shapes: dict, units: int, depth: int, layers: int = 3):
         super().__init__()
-        self.vector, self.image, self.tokens = "vector" in shapes, "image" in shapes, 0
-        if self.vector:
+        self.tokens = 0  # E
+        if "vector" in shapes:
             self.mlp = mlp(sum(shapes["vector"]), units, layers)
             self.tokens += units
-        if self.image:
+        if "image" in shapes:
             height, width, channels = shapes["image"]
             widths = [channels, 2 * depth, 3 * depth, 4 * depth, 4 * depth]
-            self.convs = nn.ModuleList(map(Conv, widths[:-1], widths[1:]))
+            self.convs = nn.ModuleList(init(nn.Conv2d(*pair, 5, padding=2)) for pair in zip(widths, widths[1:]))
             self.norms = nn.ModuleList(map(NormSiLU, widths[1:]))
             self.tokens += height // 16 * (width // 16) * widths[-1]
 
     def forward(self, obs: dict) -> torch.Tensor:
         outs = []
-        if self.vector:
+        if "vector" in obs:
             outs.append(self.mlp(symlog(obs["vector"])))  # D1
-        if self.image:
+        if "image" in obs:
             x = obs["image"].flatten(0, 1).to(self.convs[0].weight.dtype) / 255 - 0.5
-            for conv, norm in zip(self.convs, self.norms):
-                x = norm(F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1))  # D5
+            for conv, norm in zip(self.convs, self.norms):  # channels last, as the norm and NumPy want them
+                x = norm(F.max_pool2d(conv(x.permute(0, 3, 1, 2)), 2).permute(0, 2, 3, 1))  # D5
             outs.append(x.flatten(1).unflatten(0, obs["image"].shape[:2]))  # in Y,X,C order, as the official code
         return torch.cat(outs, -1)
 
@@ -704,38 +556,31 @@ class Decoder(nn.Module):
 
     def __init__(self, shapes: dict, deter: int, stoch: int, units: int, depth: int, layers: int = 3):
         super().__init__()
-        self.vector, self.image = "vector" in shapes, "image" in shapes
-        if self.vector:  # one output layer for each part, because gradients are clipped per tensor
-            hidden = mlp(stoch + deter, units, layers)
-            self.mlp = nn.Sequential(hidden, Parallel(Linear(units, n) for n in shapes["vector"]))
-        if self.image:
+        self.shapes = shapes
+        if "vector" in shapes:  # one output layer for each part, because gradients are clipped per tensor
+            self.mlp = mlp(stoch + deter, units, layers)
+            self.mlp_outs = nn.ModuleList(init(nn.Linear(units, n)) for n in shapes["vector"])
+        if "image" in shapes:
             height, width, channels = shapes["image"]
             widths, blocks = [4 * depth, 4 * depth, 3 * depth, 2 * depth, channels], 8
             self.grid = (blocks, height // 16, width // 16, 4 * depth // blocks)
             self.from_deter = BlockLinear(deter, math.prod(self.grid), blocks)
-            self.from_stoch = head(stoch, 2 * units, 1, math.prod(self.grid), 1.0)
-            self.convs = nn.ModuleList(map(UpConv, widths[:-1], widths[1:]))
+            self.from_stoch = mlp(stoch, 2 * units, 1, math.prod(self.grid))
+            self.convs = nn.ModuleList(init(nn.Conv2d(*pair, 5, padding=2)) for pair in zip(widths, widths[1:]))
             self.norms = nn.ModuleList(map(NormSiLU, widths[:-1]))
 
     def forward(self, deter: torch.Tensor, stoch: torch.Tensor) -> dict:
         out = {}
-        if self.vector:
-            out["vector"] = self.mlp(torch.cat([stoch, deter], -1))
-        if self.image:
+        if "vector" in self.shapes:
+            x = self.mlp(torch.cat([stoch, deter], -1))
+            out["vector"] = torch.cat([layer(x) for layer in self.mlp_outs], -1)
+        if "image" in self.shapes:
             x = self.from_deter(deter.flatten(0, -2)).unflatten(-1, self.grid).permute(0, 2, 3, 1, 4)  # (N,y,x,G,C/G)
             x = (x + self.from_stoch(stoch.flatten(0, -2)).view(x.shape)).flatten(3)
             for norm, conv in zip(self.norms, self.convs):
-                x = conv(norm(x))
+                x = upsample_convolve(norm(x).permute(0, 3, 1, 2), conv).permute(0, 2, 3, 1)
             out["image"] = at_least_float32(x).sigmoid().unflatten(0, deter.shape[:-1])
         return out
-
-    def loss(self, deter: torch.Tensor, stoch: torch.Tensor, obs: dict) -> dict:
-        """Squared error per time step (T,B), summed over pixels and channels or vector entries; no 1/2 (official)."""
-        losses = {}
-        for key, recon in self(deter, stoch).items():
-            target = obs[key].to(recon.dtype) / 255 if key == "image" else symlog(obs[key])
-            losses[key] = (at_least_float32(recon) - target).square().flatten(2).sum(-1)
-        return losses
 
 
 # ======== 7. world model ========
@@ -763,37 +608,36 @@ class ScanGradient(torch.autograd.Function):
 
 class RSSM(nn.Module):  # D5
     """Recurrent state-space model: h_t = f(h, z, a), prior p(z_t | h_t), posterior q(z_t | h_t, tokens_t).
-
     In the official cell each block reads its slice of h and all of [x_h, x_z, x_a]; the latter rows are one dense
     matrix, only the slice needs blocks. What does not depend on the recurrence is taken out of the scan, with the same
     sums: the token part of the posterior's first layer, the action part of the cell, the prior, all noise."""
 
-    def __init__(self, deter: int, hidden: int, stoch: int, classes: int, blocks: int, action_dim: int, tokens: int,
-                 mix: float):
+    def __init__(self, deter, hidden, stoch, classes, blocks, action_dim, tokens, mix):
         super().__init__()
+        self.defer = True  # ScanGradient; not where the steps are compiled
         self.deter, self.stoch, self.classes, self.blocks, self.mix = deter, stoch, classes, blocks, mix
-        self.in_deter, self.in_deter_norm = Linear(deter, hidden), NormSiLU(hidden)
-        self.in_stoch, self.in_stoch_norm = Linear(stoch * classes, hidden), NormSiLU(hidden)
-        self.in_action = mlp(action_dim, hidden, 1)
+        self.in_deter, self.in_stoch, self.in_action = (mlp(n, hidden, 1) for n in (deter, stoch * classes, action_dim))
         self.hid, self.hid_norm = BlockLinear(deter + blocks * 3 * hidden, deter, blocks), NormSiLU(deter)
         self.gru = BlockLinear(deter, 3 * deter, blocks)
-        self.post_hid, self.post_norm = Linear(deter + tokens, hidden), NormSiLU(hidden)
-        self.post_out = Linear(hidden, stoch * classes)
-        self.prior_head = head(deter, hidden, 2, stoch * classes, 1.0)
-        self.compiled = False
+        self.post_hid, self.post_out = mlp(deter + tokens, hidden, 1), init(nn.Linear(hidden, stoch * classes))
+        self.prior = nn.Sequential(*mlp(deter, hidden, 2, stoch * classes), nn.Unflatten(-1, (stoch, classes)))
 
-    def scan_weights(self, dtype: torch.dtype) -> dict:
+    def noise(self, *lead: int) -> torch.Tensor:
+        """Exp(1) for the samples of latents, (*lead,S,K)."""
+        return torch.empty(*lead, self.stoch, self.classes, device=self.gru.bias.device).exponential_()
+
+    def scan_weights(self, dtype: torch.dtype) -> dict:  # D5
         """name -> (weight, bias) of each product in a step, in computation precision, packed once per scan. The second
         of `dense` is no bias but the action's weight: `action_row` makes with it what takes the place of a bias."""
-        part, hidden, blocks = self.deter // self.blocks, self.in_deter.out_features, (self.blocks, 1, -1)  # D5
-        dense = self.hid.weight[:, part:].transpose(0, 1).flatten(1)  # rows [x_h, x_z, x_a], columns in block order
+        part, hidden, blocks = self.deter // self.blocks, self.in_deter[0].out_features, (self.blocks, 1, -1)
+        joint = self.hid.weight[:, part:].transpose(0, 1).flatten(1)  # rows [x_h, x_z, x_a], columns in block order
         pairs = dict(
-            in_deter=(self.in_deter.weight.T, self.in_deter.bias[None]),
-            in_stoch=(self.in_stoch.weight.T, self.in_stoch.bias[None]),
+            in_deter=(self.in_deter[0].weight.T, self.in_deter[0].bias[None]),
+            in_stoch=(self.in_stoch[0].weight.T, self.in_stoch[0].bias[None]),
             own=(self.hid.weight[:, :part], self.hid.bias.view(blocks)),
-            dense=(dense[: 2 * hidden], dense[2 * hidden :]),
+            dense=(joint[: 2 * hidden], joint[2 * hidden :]),
             gru=(self.gru.weight, self.gru.bias.view(blocks)),
-            post=(self.post_hid.weight[:, : self.deter].T, self.post_hid.bias[None]),
+            post_hid=(self.post_hid[0].weight[:, : self.deter].T, self.post_hid[0].bias[None]),
             post_out=(self.post_out.weight.T, self.post_out.bias[None]))
         return {k: (weight.to(dtype), bias.to(dtype)) for k, (weight, bias) in pairs.items()}
 
@@ -803,8 +647,8 @@ class RSSM(nn.Module):  # D5
 
     def core(self, weights: dict, deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
         """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K) -> (B,D); a is in the `action_row` of `dense`."""  # D5
-        x_h = self.in_deter_norm(affine(deter, *weights["in_deter"]))
-        x_z = self.in_stoch_norm(affine(stoch, *weights["in_stoch"]))
+        x_h = self.in_deter[1](affine(deter, *weights["in_deter"]))
+        x_z = self.in_stoch[1](affine(stoch, *weights["in_stoch"]))
         blocks = deter.unflatten(-1, (self.blocks, -1))
         own = affine(blocks.transpose(0, 1), *weights["own"]).transpose(0, 1)  # (B,G,D/G)
         x = self.hid_norm((affine(torch.cat([x_h, x_z], -1), *weights["dense"]).view_as(blocks) + own).flatten(1))
@@ -814,40 +658,35 @@ class RSSM(nn.Module):  # D5
         return torch.lerp(blocks, cand, (update - 1).sigmoid()).flatten(1)  # u * cand + (1 - u) * h
 
     def observe_step(self, weights: dict, deter, stoch, noise) -> tuple:
-        """One posterior step: (B,D), (B,S*K), noise (B,S,K) -> h', z', logits (B,S,K); `post` adds the tokens."""
+        """One posterior step: (B,D), (B,S*K), noise (B,S,K) -> h', z', logits (B,S,K); `post_hid` adds the tokens."""
         deter = self.core(weights, deter, stoch)
-        x = self.post_norm(affine(deter, *weights["post"]))
+        x = self.post_hid[1](affine(deter, *weights["post_hid"]))
         logits = affine(x, *weights["post_out"]).unflatten(-1, (self.stoch, self.classes))
         stoch = sample_onehot(unimix(logits, self.mix), noise).to(deter.dtype).flatten(1)
         return deter, stoch, logits
 
-    def observe(self, tokens, prev_action, is_first, deter, stoch, noise, defer: bool = True) -> tuple:
-        """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), carry h (B,D), z (B,S*K), noise
-        (T,B,S,K) -> h (T,B,D), z (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
+    def observe(self, tokens, prev_action, is_first, deter, stoch) -> tuple:
+        """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), carry h (B,D), z (B,S*K)
+        -> h (T,B,D), z (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
         dtype, weights = tokens.dtype, self.scan_weights(tokens.dtype)  # D5
         keep = (~is_first).to(dtype)[..., None]  # trap: h, z and the previous action all start from zero in an episode
-        # what a step adds to its products: rows that are made for all steps at once, or a bias
+        # what a step adds to a product: a row made for all steps at once, or a bias
         rows = dict(dense=self.action_row(weights, prev_action.to(dtype) * keep),
-                    post=F.linear(tokens, self.post_hid.weight[:, self.deter :], self.post_hid.bias))
-        steps = [{} for _ in tokens]  # for each of the T steps: name -> (weight, row, tape) of `affine`
+                    post_hid=F.linear(tokens, self.post_hid[0].weight[:, self.deter :], self.post_hid[0].bias))
+        steps = [{} for _ in tokens]  # of the T steps each: name -> (weight, row, tape) of `affine`
         for name, (weight, bias) in weights.items():
             row = rows[name] if name in rows else bias.expand(len(tokens), *bias.shape[:-2], keep.shape[1], -1)
-            tape = None
-            if defer and torch.is_grad_enabled() and not self.compiled:  # plain form: never
-                tape = []
+            tape = [] if self.defer and torch.is_grad_enabled() else None
+            if tape is not None:
                 row, weight = ScanGradient.apply(row, weight, tape), weight.detach()
             # unbind: the backward pass of row[t] would write a full-size gradient for every t
             for step, r in zip(steps, row.unbind()):
                 step[name] = weight, r, tape
         deter, stoch, outs = deter.to(dtype), stoch.to(dtype), []
-        for step, k, e in zip(steps, keep.unbind(), noise.unbind()):
-            deter, stoch, logits = self.observe_step(step, deter * k, stoch * k, e)
+        for step, k, noise in zip(steps, keep.unbind(), self.noise(*is_first.shape)):
+            deter, stoch, logits = self.observe_step(step, deter * k, stoch * k, noise)
             outs.append((deter, stoch, logits))
-        return tuple(torch.stack(x) for x in zip(*outs))
-
-    def prior(self, deter: torch.Tensor) -> torch.Tensor:
-        """Prior logits (...,S,K) of h (...,D)."""
-        return self.prior_head(deter).unflatten(-1, (self.stoch, self.classes))
+        return tuple(map(torch.stack, zip(*outs)))
 
     def imagine_step(self, weights: dict, deter, stoch, action, noise) -> tuple:
         """One step without observation: (N,D), (N,S*K), action (N,A), noise (N,S,K) -> h', z' ~ p(z' | h')."""
@@ -867,49 +706,31 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(shapes, d, d // 16)
         self.rssm = RSSM(deter, d, stoch, classes, 8, action_dim, self.encoder.tokens, args.unimix)
         self.decoder = Decoder(shapes, deter, stoch * classes, d, d // 16)
-        self.reward = head(self.feat, d, 1, 255, 0.0)  # D2: its zero output layer predicts exactly 0 at first
-        self.cont = head(self.feat, d, 1, 1, 1.0)
+        self.reward = mlp(self.feat, d, 1, 255, scale=0.0)  # D2: predicts exactly 0 at first
+        self.cont = mlp(self.feat, d, 1, 1)
         self.register_buffer("bins", symexp_bins(), persistent=False)
 
-    def loss(self, batch: dict, noise: torch.Tensor) -> tuple[dict, dict, dict]:
-        """Replay rows (T+1,B,...), noise (T,B,S,K) -> losses (T,B), posterior {deter, stoch} (T,B,...), metrics."""
-        carry, obs = split_context(batch)
-        deter, stoch, post_logits = self.rssm.observe(
-            self.encoder(obs), carry["action"], obs["is_first"], carry["deter"], carry["stoch"], noise)
+    def loss(self, rows: dict, context: dict) -> tuple[dict, dict, dict]:
+        """Of `split_context` -> losses (T,B), posterior {deter, stoch} (T,B,...), metrics."""
+        deter, stoch, post_logits = self.rssm.observe(self.encoder(rows), **context)
         prior_logits = self.rssm.prior(deter)
         dyn, rep, kl = kl_losses(post_logits, prior_logits, self.args.unimix, self.args.free_nats)
-        feat = torch.cat([deter, stoch], -1)
+        feat, losses = torch.cat([deter, stoch], -1), {}
+        for key, recon in self.decoder(deter, stoch).items():  # summed over pixels and channels or entries; no 1/2
+            target = rows[key].to(recon.dtype) / 255 if key == "image" else symlog(rows[key])
+            losses[key] = (at_least_float32(recon) - target).square().flatten(2).sum(-1)
         # soft target: the continue head learns gamma * (1 - is_terminal), so a dream needs no other discount
-        target = (1 - obs["is_terminal"].float()) * self.args.gamma
+        target = (1 - rows["is_terminal"].float()) * self.args.gamma
         cont = at_least_float32(self.cont(feat))[..., 0]
-        losses = dict(self.decoder.loss(deter, stoch, obs), dyn=dyn, rep=rep,
-                      reward=twohot_loss(self.reward(feat), obs["reward"], self.bins),
+        losses.update(dyn=dyn, rep=rep, reward=twohot_loss(self.reward(feat), rows["reward"], self.bins),
                       cont=F.binary_cross_entropy_with_logits(cont, target, reduction="none"))
-        metrics = {"wm/kl": kl.mean(), "wm/kl_free_share": (kl < self.args.free_nats).float().mean()}
+        metrics = {"wm/kl": kl.mean()}
         for name, logits in (("post", post_logits), ("prior", prior_logits)):
             metrics[f"wm/{name}_entropy"] = entropy(log_unimix(logits.detach(), self.args.unimix)).sum(-1).mean()
         return losses, dict(deter=deter, stoch=stoch), metrics
 
 
 # ======== 8. behaviour ========
-
-class ReturnNorm(nn.Module):  # D7
-    """Advantages are divided by max(1, S), S = EMA(Per95 - Per5, 0.99) of the returns. Eq. 8 (arXiv:2301.04104v2).
-
-    0.99 is the share of the old value. Both percentiles are averaged on their own, from 0 and without bias correction
-    (official), so the divisor is 1 at first and approaches S within some hundred updates. Nothing is subtracted."""
-
-    def __init__(self, rate: float = 0.01, limit: float = 1.0):
-        super().__init__()
-        self.rate, self.limit = rate, limit
-        self.register_buffer("percentiles", torch.zeros(2))
-        self.register_buffer("levels", torch.tensor([0.05, 0.95]), persistent=False)
-
-    def forward(self, ret: torch.Tensor) -> torch.Tensor:
-        """Update with all returns of the batch (any shape), over all ranks; -> the divisor ()."""
-        self.percentiles.lerp_(torch.quantile(gather_ranks(ret.flatten()), self.levels), self.rate)
-        return (self.percentiles[1] - self.percentiles[0]).clamp(min=self.limit)
-
 
 class Behaviour(nn.Module):
     """Actor, critic and slow critic on feat = [h, z], trained in dreams. Source: `imag_loss`, `repl_loss`."""
@@ -918,83 +739,96 @@ class Behaviour(nn.Module):
         super().__init__()
         d = SIZES[args.size]
         self.args, self.discrete, self.action_dim = args, discrete, action_dim
-        # Gaussian: separate layers for mean and std, because gradients are clipped per tensor
-        outs = [Linear(d, action_dim, 0.01) for _ in range(1 if discrete else 2)]
-        self.actor = nn.Sequential(mlp(feat, d, 3), outs[0] if discrete else Parallel(outs))
-        self.critic = head(feat, d, 3, 255, 0.0)
-        self.slow_critic = head(feat, d, 3, 255, 0.0).requires_grad_(False)
+        outs = [init(nn.Linear(d, action_dim), 0.01) for _ in range(1 if discrete else 2)]  # logits, or mean and std
+        self.actor = nn.ModuleList([mlp(feat, d, 3), *outs])
+        self.critic = mlp(feat, d, 3, 255, scale=0.0)
+        self.slow_critic = mlp(feat, d, 3, 255, scale=0.0).requires_grad_(False)
         self.slow_critic.load_state_dict(self.critic.state_dict())
-        self.return_norm = ReturnNorm()
+        self.register_buffer("percentiles", torch.zeros(2))
         self.register_buffer("bins", symexp_bins(), persistent=False)
 
-    def policy(self, feat: torch.Tensor) -> Categorical | BoundedNormal:
-        raw = self.actor(feat)
-        return Categorical(raw, self.args.actor_unimix) if self.discrete else BoundedNormal(raw)
-
-    def noise(self, *lead: int, device: torch.device) -> torch.Tensor:
-        """What `policy(...).sample` consumes, (*lead,A): Exp(1) for a categorical race, N(0,1) for a Gaussian."""
-        noise = torch.empty(*lead, self.action_dim, device=device)
+    def noise(self, *lead: int) -> torch.Tensor:
+        """What `sample` consumes, (*lead,A): Exp(1) for a categorical race, N(0,1) for a Gaussian."""
+        noise = torch.empty(*lead, self.action_dim, device=self.bins.device)
         return noise.exponential_() if self.discrete else noise.normal_()
 
+    def policy(self, feat: torch.Tensor) -> torch.Tensor | torch.distributions.Normal:
+        """Log-probabilities (...,A) of one-hot actions, or Normal(tanh m, 0.1 + 0.9 sigmoid(s + 2)). Source: `outs.py`.
+        Not squashed: log_prob is that of the raw continuous sample, which the environment clips to [-1, 1]."""
+        hidden, *outs = self.actor
+        x = hidden(feat)
+        raw = at_least_float32(torch.cat([out(x) for out in outs], -1))
+        if self.discrete:  # D4
+            return log_unimix(raw, self.args.actor_unimix)
+        mean, std = raw.chunk(2, -1)  # D10
+        return torch.distributions.Normal(mean.tanh(), 0.1 + 0.9 * (std + 2).sigmoid(), validate_args=False)
+
+    def sample(self, feat: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Actions (...,A) of the policy; needs no gradient."""
+        policy = self.policy(feat)
+        return sample_onehot(policy.exp(), noise) if self.discrete else policy.mean + policy.stddev * noise
+
     @torch.no_grad()  # REINFORCE needs no gradient through the dream: states and actions are constants of both losses
-    def imagine(self, rssm: RSSM, deter, stoch, noise_action, noise_stoch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Roll the policy out from (N,D), (N,S*K) with noise (H,N,A), (H,N,S,K) -> feat (H+1,N,F), action (H,N,A)."""
-        weights = rssm.scan_weights(deter.dtype)
+    def imagine(self, rssm: RSSM, deter, stoch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Roll the policy out from (N,D), (N,S*K) -> feat (H+1,N,F), action (H,N,A)."""
+        lead, weights = (self.args.imag_horizon, len(deter)), rssm.scan_weights(deter.dtype)
         feats, actions = [torch.cat([deter, stoch], -1)], []
-        for action_noise, stoch_noise in zip(noise_action, noise_stoch):
-            actions.append(self.policy(feats[-1]).sample(action_noise))  # D10
+        for action_noise, stoch_noise in zip(self.noise(*lead), rssm.noise(*lead)):
+            actions.append(self.sample(feats[-1], action_noise))  # D10
             deter, stoch = rssm.imagine_step(weights, deter, stoch, actions[-1], stoch_noise)
             feats.append(torch.cat([deter, stoch], -1))
         return torch.stack(feats), torch.stack(actions)
 
-    def value_loss(self, logits: torch.Tensor, ret: torch.Tensor, slow_value: torch.Tensor) -> torch.Tensor:  # D8
-        """Two-hot regression on the return, and on the slow critic's mean as regulariser; targets carry no gradient."""
-        logits = at_least_float32(logits)
-        return twohot_loss(logits, ret.detach(), self.bins) + twohot_loss(logits, slow_value.detach(), self.bins)
+    @torch.no_grad()  # D7
+    def return_scale(self, ret: torch.Tensor, rate: float = 0.01) -> torch.Tensor:
+        """Advantages are divided by max(1, S), S = EMA(Per95 - Per5, 0.99) of all returns. Eq. 8 (arXiv:2301.04104v2).
+        0.99 is the share of the old value. Both percentiles are averaged on their own, from 0, without bias correction
+        (official), so the divisor is 1 at first. Takes the returns of all ranks, any shape; -> divisor ()."""
+        ret = gather_ranks(ret.flatten())
+        self.percentiles.lerp_(torch.stack([ret.quantile(0.05), ret.quantile(0.95)]), rate)
+        return (self.percentiles[1] - self.percentiles[0]).clamp(min=1)
 
-    def imagination_losses(self, policy, action, value_logits, slow_value, reward, cont) -> tuple:
-        """Actor and critic losses (H,N), returns (H,N), metrics; from `policy` on s_0..s_{H-1}, action (H,N,A), and the
-        predictions for s_0..s_H, (H+1,N). Eq. 5 to 7 (arXiv:2301.04104v2) as losses, with the continuation weight."""
+    def value_loss(self, logits: torch.Tensor, slow_logits: torch.Tensor, ret: torch.Tensor) -> torch.Tensor:  # D8
+        """Two-hot regression on the return, and on the slow critic's mean as regulariser; targets carry no gradient."""
+        slow_value = twohot_mean(slow_logits.detach(), self.bins)
+        return twohot_loss(logits, ret.detach(), self.bins) + twohot_loss(logits, slow_value, self.bins)
+
+    def imagination_losses(self, policy, action, value_logits, slow_logits, reward, cont) -> tuple:
+        """Actor and critic losses (H,N), returns (H,N), metrics; from `policy` in s_0..s_{H-1}, action (H,N,A), and the
+        predictions for s_0..s_H, (H+1,N). Eq. 5 to 7 (arXiv:2301.04104v2) as losses, weighted by continuation."""
+        if self.discrete:
+            bonus, log_prob = entropy(policy), (policy * action).sum(-1)
+        else:
+            bonus, log_prob = policy.entropy().sum(-1), policy.log_prob(action).sum(-1)  # D10
         value = twohot_mean(value_logits.detach(), self.bins)
         ret = lambda_return(reward, value, cont, torch.full_like(cont, self.args.lam))  # cont contains gamma
         weight = cont.cumprod(0)[:-1]  # w_0 = c_0, not 1: a dream that starts at a terminal state teaches nothing
-        scale = self.return_norm(ret)  # D7: updated before use
-        advantage = (ret - value[:-1]) / scale  # a constant for the actor: all its inputs were made without gradient
-        bonus = policy.entropy()
-        losses = dict(
-            policy=-weight * (policy.log_prob(action) * advantage.detach() + self.args.ent_coef * bonus),  # D10
-            value=weight * self.value_loss(value_logits[:-1], ret, slow_value[:-1]))
-        metrics = {"ac/entropy": bonus.mean(), "ac/return": ret.mean(), "ac/return_scale": scale,
-                   "ac/value": value.mean(), "ac/advantage_abs": advantage.abs().mean(),
-                   "ac/imag_reward": reward.mean(), "ac/imag_cont": cont.mean()}
-        return losses, ret, {k: v.detach() for k, v in metrics.items()}
+        scale = self.return_scale(ret)  # D7: updated before use
+        advantage = ((ret - value[:-1]) / scale).detach()  # a constant for the actor
+        losses = dict(policy=-weight * (log_prob * advantage + self.args.ent_coef * bonus),  # D10
+                      value=weight * self.value_loss(value_logits[:-1], slow_logits[:-1], ret))
+        return losses, ret, {"ac/entropy": bonus.mean().detach(), "ac/return": ret.mean(), "ac/return_scale": scale,
+                             "ac/value": value.mean()}
 
-    def replay_losses(self, value_logits, slow_value, boot, reward, is_last, is_terminal) -> tuple:  # D8
-        """Critic on replayed states, inputs (T,B), `boot` = R_0 of the dream from each state; -> loss, return (T-1,B).
-
+    def replay_loss(self, value_logits, slow_logits, boot, rows: dict) -> tuple:  # D8
+        """Critic on replayed states (T,B), `boot` = R_0 of the dream from each state; -> loss, return (T-1,B).
         Here gamma is explicit and the terminal flag hard. An episode's last step has weight 0; if it was truncated, the
-    one before bootstraps from it."""
-        live = (1 - is_terminal.float()) * self.args.gamma
-        ret = lambda_return(reward, boot, live, (1 - is_last.float()) * self.args.lam)
-        return (1 - is_last[:-1].float()) * self.value_loss(value_logits[:-1], ret, slow_value[:-1]), ret
+        one before bootstraps from it."""
+        live, going_on = (1 - rows["is_terminal"].float()) * self.args.gamma, 1 - rows["is_last"].float()
+        ret = lambda_return(rows["reward"], boot, live, going_on * self.args.lam)
+        return going_on[:-1] * self.value_loss(value_logits[:-1], slow_logits[:-1], ret), ret
 
-    @torch.no_grad()
-    def slow_value(self, feat: torch.Tensor) -> torch.Tensor:
-        return twohot_mean(self.slow_critic(feat), self.bins)
-
-    def loss(self, world: WorldModel, post: dict, batch: dict, noise_action, noise_stoch) -> tuple[dict, dict]:
-        """All behaviour losses from the posterior (T,B,...) of rows 1..T of `batch`; every state starts one dream."""
-        deter, stoch = (post[k].detach().flatten(0, 1) for k in ("deter", "stoch"))
-        feat, action = self.imagine(world.rssm, deter, stoch, noise_action, noise_stoch)
+    def loss(self, world: WorldModel, post: dict, rows: dict) -> tuple[dict, dict]:
+        """All behaviour losses from the posterior (T,B,...) of replayed rows; every state starts one dream."""
+        feat, action = self.imagine(world.rssm, post["deter"].flatten(0, 1), post["stoch"].flatten(0, 1))
         with torch.no_grad():  # the behaviour must not bend the world model
             reward = twohot_mean(world.reward(feat), world.bins)
             cont = at_least_float32(world.cont(feat))[..., 0].sigmoid()
         losses, ret, metrics = self.imagination_losses(
-            self.policy(feat[:-1]), action, self.critic(feat), self.slow_value(feat), reward, cont)
+            self.policy(feat[:-1]), action, self.critic(feat), self.slow_critic(feat), reward, cont)
         feat = torch.cat([post["deter"], post["stoch"]], -1)  # not detached: on replay it trains the world model too
-        losses["repval"], _ = self.replay_losses(
-            self.critic(feat), self.slow_value(feat), ret[0].unflatten(0, feat.shape[:2]),
-            batch["reward"][1:], batch["is_last"][1:], batch["is_terminal"][1:])
+        losses["repval"], _ = self.replay_loss(
+            self.critic(feat), self.slow_critic(feat.detach()), ret[0].unflatten(0, feat.shape[:2]), rows)
         return losses, metrics
 
 
@@ -1002,14 +836,12 @@ class Behaviour(nn.Module):
 
 class LaProp:  # D6
     """Adaptive gradient clipping, RMS normalisation, then momentum. Source: `opt.py`, `Agent._make_opt`.
-
     Per tensor: g /= max(1, |g| / (agc max(1e-3, |p|)));  v <- b2 v + (1-b2) g^2;  m <- b1 m + (1-b1) g / sqrt(v^);
     p -= lr_k m^, where ^ is bias correction. The step counter is a tensor: no host reads. b2: the code's, paper .99."""
 
     def __init__(self, params, lr: float, warmup: int, agc: float, beta1=0.9, beta2=0.999, eps=1e-20):
         self.params = [p for p in params if p.requires_grad]
-        self.lr, self.warmup, self.beta1, self.beta2, self.eps = lr, warmup, beta1, beta2, eps
-        self.agc = agc or math.inf
+        self.lr, self.warmup, self.agc, self.beta1, self.beta2, self.eps = lr, warmup, agc, beta1, beta2, eps
         self.count = torch.zeros((), device=self.params[0].device)
         self.square, self.momentum = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
 
@@ -1018,16 +850,14 @@ class LaProp:  # D6
         """One update from `p.grad`, then cleared. Metrics: gradient norm before clipping, share of tensors clipped."""
         grads = [p.grad for p in self.params]
         grad_norm, param_norm = (torch.stack(torch._foreach_norm(x)) for x in (grads, self.params))
-        clip = grad_norm / (self.agc * param_norm.clamp(min=1e-3))
+        clip = grad_norm / ((self.agc or math.inf) * param_norm.clamp(min=1e-3))
         torch._foreach_div_(grads, list(clip.clamp(min=1).unbind()))
         self.count += 1
         correct1, correct2 = (-torch.expm1(self.count * math.log(b)) for b in (self.beta1, self.beta2))  # 1 - b^k
         torch._foreach_mul_(self.square, self.beta2)
         torch._foreach_addcmul_(self.square, grads, grads, 1 - self.beta2)
-        scale = torch._foreach_div(self.square, correct2)
-        torch._foreach_sqrt_(scale)
-        torch._foreach_add_(scale, self.eps)
-        torch._foreach_div_(grads, scale)
+        scale = torch._foreach_sqrt(torch._foreach_div(self.square, correct2))
+        torch._foreach_div_(grads, torch._foreach_add(scale, self.eps))
         torch._foreach_lerp_(self.momentum, grads, 1 - self.beta1)
         # linear warm-up from 0: the first update changes nothing (official)
         lr = self.lr * ((self.count - 1) / self.warmup).clamp(max=1) if self.warmup else self.lr
@@ -1041,40 +871,6 @@ class LaProp:  # D6
 
     def load_state_dict(self, saved: dict) -> None:
         torch._foreach_copy_(self.state_dict()["state"], saved["state"])
-
-
-# ==== shared: distributed ====
-def start_ranks(device: str) -> tuple[int, int, int]:
-    """(rank, local rank, world size); under torchrun starts the process group, nccl on CUDA and gloo elsewhere."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), world_size
-
-
-def gather_ranks(x: torch.Tensor) -> torch.Tensor:
-    """(n,) of every rank -> (world_size*n,), for statistics of the joint batch and what all ranks must agree on."""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
-
-
-def average_ranks(tensors: list[torch.Tensor]) -> None:
-    """Mean over ranks in place, as one flat message: with equal shards, the gradient of the joint batch."""
-    if dist.is_initialized():
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, part in zip(tensors, (flat / dist.get_world_size()).split([t.numel() for t in tensors])):
-            t.copy_(part.view_as(t))
-
-
-def sum_ranks(values: list, device: torch.device) -> list[int]:
-    """Sums over ranks, of whole numbers that all ranks must agree on."""
-    return gather_ranks(torch.tensor(values, device=device)).view(-1, len(values)).sum(0).tolist()
-# ==== end shared ====
 
 
 class Agent(nn.Module):  # D10
@@ -1095,30 +891,19 @@ class Agent(nn.Module):  # D10
     @torch.no_grad()
     def act(self, row: dict, state: dict) -> dict:  # D13
         """Row (N,...) and state -> new {deter, stoch, action}; always sampled, in evaluation too (official)."""
-        device, rssm = state["deter"].device, self.world.rssm
-        obs = {k: torch.as_tensor(v, device=device)[None] for k, v in row.items()}
-        noise = torch.empty(1, len(state["deter"]), rssm.stoch, rssm.classes, device=device).exponential_()
-        with autocast(self.args, device):
-            tokens = self.world.encoder(obs)  # D11
-            (deter,), (stoch,), _ = rssm.observe(
-                tokens, state["action"][None], obs["is_first"], state["deter"], state["stoch"], noise)
-            policy = self.behaviour.policy(torch.cat([deter, stoch], -1))
-        noise = self.behaviour.noise(len(deter), device=device)
-        return dict(deter=deter, stoch=stoch, action=policy.sample(noise))  # D13
+        obs = {k: torch.as_tensor(v, device=state["deter"].device)[None] for k, v in row.items()}
+        with autocast(self.args, state["deter"].device):
+            (deter,), (stoch,), _ = self.world.rssm.observe(
+                self.world.encoder(obs), state["action"][None], obs["is_first"], state["deter"], state["stoch"])  # D11
+            action = self.behaviour.sample(torch.cat([deter, stoch], -1), self.behaviour.noise(len(deter)))
+        return dict(deter=deter, stoch=stoch, action=action)
 
-    def noise(self, batch_size: int, device: torch.device) -> dict:
-        """All random numbers of one update, drawn at once: posterior, imagined actions, imagined latents."""
-        time, horizon, rssm = self.args.batch_length, self.args.imag_horizon, self.world.rssm
-        groups, rollouts = (rssm.stoch, rssm.classes), time * batch_size
-        return dict(post=torch.empty(time, batch_size, *groups, device=device).exponential_(),
-                    action=self.behaviour.noise(horizon, rollouts, device=device),
-                    prior=torch.empty(horizon, rollouts, *groups, device=device).exponential_())
-
-    def loss(self, batch: dict, noise: dict) -> tuple[torch.Tensor, dict, dict]:  # D10
+    def loss(self, batch: dict) -> tuple[torch.Tensor, dict, dict]:  # D10
         """Replay rows (T+1,B,...) -> scalar loss, posterior latents for replay, metrics. Eq. 2 (arXiv:2301.04104v2)."""
+        rows, context = split_context(batch)
         with autocast(self.args, batch["deter"].device):
-            losses, post, metrics = self.world.loss(batch, noise["post"])
-            more, ac_metrics = self.behaviour.loss(self.world, post, batch, noise["action"], noise["prior"])
+            losses, post, metrics = self.world.loss(rows, context)
+            more, ac_metrics = self.behaviour.loss(self.world, post, rows)
         scales = dict(dyn=self.args.beta_dyn, rep=self.args.beta_rep, repval=self.args.beta_repval)  # all others 1
         means = {k: v.mean() for k, v in {**losses, **more}.items()}
         total = sum(scales.get(k, 1.0) * v for k, v in means.items())  # D10
@@ -1126,26 +911,24 @@ class Agent(nn.Module):  # D10
         return total, {k: v.detach() for k, v in post.items()}, metrics
 
     def compile_regions(self) -> None:
-        """Compile the step functions and the decoder. Not the unrolled scan (minutes, and no faster); on a CPU encoder
-        and heads gain nothing."""
+        """The steps and the decoder. Not the unrolled scan (minutes, no faster), not encoder and heads (no gain)."""
         rssm = self.world.rssm
         rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
         rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
-        rssm.compiled = True  # D5
+        rssm.defer = False  # D5
         self.world.decoder.compile(dynamic=False)
 
 
 def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_size: int) -> dict:  # D10
     """One update: sample, loss, backward, optimiser, slow critic, latents to replay. No host reads; -> metrics ()."""
-    device = optimizer.count.device
     batch, index = replay.sample(batch_size, agent.args.batch_length + 1)
-    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    loss, post, metrics = agent.loss(batch, agent.noise(batch_size, device))
+    loss, post, metrics = agent.loss({k: v.to(optimizer.count.device, non_blocking=True) for k, v in batch.items()})
     loss.backward()
     average_ranks([p.grad for p in optimizer.params])
     metrics.update(optimizer.step())
-    slow, online = (list(m.parameters()) for m in (agent.behaviour.slow_critic, agent.behaviour.critic))
-    torch._foreach_lerp_(slow, online, agent.args.slow_rate)  # slow <- 0.98 slow + 0.02 online
+    # slow <- 0.98 slow + 0.02 online; trap: without .data its autograd graph grows with every update
+    slow, online = ([p.data for p in m.parameters()] for m in (agent.behaviour.slow_critic, agent.behaviour.critic))
+    torch._foreach_lerp_(slow, online, agent.args.slow_rate)
     # D9; weights that have diverged must not spoil rows that a checkpoint counts on
     replay.write(index[1:], **{k: v.nan_to_num() for k, v in post.items()})
     return metrics
@@ -1154,66 +937,24 @@ def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_si
 # ======== 10. evaluate and dream ========
 
 # ==== shared: evaluation ====
-class Episodes:
-    """Return and length of the running episode of each environment; the resetting row counts for neither."""
-
-    def __init__(self, num_envs: int):
-        self.ret, self.length, self.last = np.zeros(num_envs), np.zeros(num_envs, int), math.nan
-
-    def update(self, row: dict) -> list[tuple[int, float, int]]:
-        """Take one row (N,...); -> (environment, return, length) of each episode that ended with it."""
-        self.ret = np.where(row["is_first"], 0, self.ret + row["reward"])
-        self.length = np.where(row["is_first"], 0, self.length + 1)
-        ended = [(int(i), float(self.ret[i]), int(self.length[i])) for i in np.flatnonzero(row["is_last"])]
-        self.last = ended[-1][1] if ended else self.last
-        return ended
-
-
-ATARI_100K = dict(  # random and human score of the 26 games
-    Alien=(227.8, 7127.7), Amidar=(5.8, 1719.5), Assault=(222.4, 742.0), Asterix=(210.0, 8503.3),
-    BankHeist=(14.2, 753.1), BattleZone=(2360.0, 37187.5), Boxing=(0.1, 12.1), Breakout=(1.7, 30.5),
-    ChopperCommand=(811.0, 7387.8), CrazyClimber=(10780.5, 35829.4), DemonAttack=(152.1, 1971.0), Freeway=(0.0, 29.6),
-    Frostbite=(65.2, 4334.7), Gopher=(257.6, 2412.5), Hero=(1027.0, 30826.4), Jamesbond=(29.0, 302.8),
-    Kangaroo=(52.0, 3035.0), Krull=(1598.0, 2665.5), KungFuMaster=(258.5, 22736.3), MsPacman=(307.3, 6951.6),
-    Pong=(-20.7, 14.6), PrivateEye=(24.9, 69571.3), Qbert=(163.9, 13455.0), RoadRunner=(11.5, 7845.0),
-    Seaquest=(68.4, 42054.7), UpNDown=(533.4, 11693.2))
-
-
-def human_normalised(env_id: str, score: float) -> dict[str, float]:
-    """0 is random play, 1 a human; empty for other environments than the 26 games."""
-    low, high = ATARI_100K.get(env_id.removeprefix("ALE/").removesuffix("-v5"), (0, 0))
-    return {"eval/human_normalised": (score - low) / (high - low)} if high else {}
-
-
-def evaluate(agent, args, device: torch.device, step: int) -> tuple[dict[str, float], list]:
-    """`eval_episodes` whole episodes in fresh environments -> metrics, and the first one's frames if it has images.
-
-    Every environment plays the same number of episodes, so short ones are not favoured."""
+def evaluate(agent, args, device: torch.device, step: int) -> dict[str, float]:
+    """Metrics of `eval_episodes` whole episodes, equally many in each environment, so that short ones don't prevail."""
     num_envs = min(args.eval_episodes, 16)
-    quota, envs = -(-args.eval_episodes // num_envs), make_envs(args, num_envs, args.seed + 10_000)
-    episodes, state, row = Episodes(num_envs), agent.initial(num_envs, device), envs.reset()
-    done, frames = [[] for _ in range(num_envs)], []
+    quota, done = -(-args.eval_episodes // num_envs), [[] for _ in range(num_envs)]
+    envs = make_envs(args, num_envs, args.seed + 10_000)
+    state, row = agent.initial(num_envs, device), envs.reset()
     agent.eval()  # an agent that is greedy in evaluation looks at this
     while min(map(len, done)) < quota:
-        if "image" in row and not done[0] and len(frames) < 3000:
-            frames.append(to_rgb(row["image"][0]))
-        for env, ret, length in episodes.update(row):
-            done[env].append((ret, length))
+        for i in np.flatnonzero(row["is_last"]):
+            done[i].append((envs.ret[i], envs.length[i]))
         state = agent.act(row, state)
         row = envs.step(state["action"].cpu().numpy())
     agent.train()
-    returns, lengths = zip(*[episode for env in done for episode in env[:quota]])
-    score = float(np.mean(returns))
-    metrics = {"eval/episodic_return": score, "eval/return_std": float(np.std(returns)),
-               "eval/episodic_length": float(np.mean(lengths)), **human_normalised(args.env_id, score)}
-    print(f"evaluation at step {step}, {len(returns)} episodes: "
-          + ", ".join(f"{k.removeprefix('eval/')} {v:.3g}" for k, v in metrics.items()))
-    return metrics, frames
-
-
-def to_rgb(image: np.ndarray) -> np.ndarray:
-    """(Y,X,C) uint8 with any C -> (Y,X,3): gray is repeated, of stacked images the first is shown."""
-    return image[..., :3] if image.shape[-1] >= 3 else image[..., :1].repeat(3, -1)
+    returns, lengths = np.concatenate([episodes[:quota] for episodes in done]).T
+    print(f"evaluation at step {step}, {len(returns)} episodes: episodic_return {returns.mean():.4g}, "
+          f"return_std {returns.std():.3g}, episodic_length {lengths.mean():.4g}")
+    return {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std(),
+            "eval/episodic_length": lengths.mean()}
 
 
 def dream_video(truth: torch.Tensor, model: torch.Tensor, context: int, **numbers: torch.Tensor) -> tuple:
@@ -1221,34 +962,28 @@ def dream_video(truth: torch.Tensor, model: torch.Tensor, context: int, **number
     error = (model - truth).square().flatten(2).sum(-1)
     metrics = {"dream/image_error_posterior": error[:context].mean().item(),
                "dream/image_error_imagined": error[context:].mean().item()}
-    rows = [(x * 255).byte().cpu().numpy() for x in (truth, model, (model - truth + 1) / 2)]
-    frames = []
-    for t in range(len(truth)):
-        grid = np.concatenate([np.concatenate([to_rgb(image) for image in row[t]], 1) for row in rows], 0)
-        grid = grid.repeat(2, 0).repeat(2, 1)
-        frame = Image.fromarray(np.pad(grid, ((0, 14), (0, 0), (0, 0))))
+    grid = torch.stack([truth, model, (model - truth + 1) / 2], 1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    grid = grid[..., np.arange(3).clip(max=grid.shape[-1] - 1)]  # (T,3*Y,B*X,3); gray is repeated
+    grid = F.pad((grid * 255).byte().repeat_interleave(2, 1).repeat_interleave(2, 2), (0, 0, 0, 0, 0, 14))
+    frames = [Image.fromarray(frame) for frame in grid.cpu().numpy()]
+    for t, frame in enumerate(frames):
         for b in range(truth.shape[1]):
             words = ["imag" if t >= context else "post", *(f"{k[0]}{v[t, b]:.2f}" for k, v in numbers.items())]
-            place = 2 + b * grid.shape[1] // truth.shape[1], grid.shape[0]
-            ImageDraw.Draw(frame).text(place, " ".join(words), fill="white")
-        frames.append(np.asarray(frame))
+            ImageDraw.Draw(frame).text((2 + b * frame.width // truth.shape[1], frame.height - 14), " ".join(words))
     return metrics, frames
 
 
-def log_results(metrics: dict, frames: list, tag: str, writer: SummaryWriter, step: int) -> None:
-    """Scalars, and RGB frames (Y,X,3) uint8 as a GIF file that is also an image summary (TensorBoard plays it)."""
+def log_results(writer: SummaryWriter, step: int, metrics: dict, frames: list | None = None) -> None:
+    """Scalars, and frames as a GIF file that is also an image summary (TensorBoard plays it)."""
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
     if frames:
-        images = [Image.fromarray(f).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for f in frames]
-        buffer = io.BytesIO()
-        images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
-        path = Path(writer.log_dir, "videos", f"{tag.split('/')[0]}_{step}.gif")
+        path = Path(writer.log_dir, "videos", f"dream_{step}.gif")
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(buffer.getvalue())
-        height, width, _ = frames[0].shape
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
-        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=66, loop=0)
+        image = Summary.Image(height=frames[0].height, width=frames[0].width, colorspace=3,
+                              encoded_image_string=path.read_bytes())
+        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="dream/open_loop", image=image)]), step)
 # ==== end shared ====
 
 
@@ -1256,20 +991,17 @@ def log_results(metrics: dict, frames: list, tag: str, writer: SummaryWriter, st
 def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int = 4, context: int = 5) -> tuple:
     """Image errors, and GIF frames with rows truth, model, error for `count` replayed sequences: `context` steps from
     the posterior, the rest imagined with the recorded actions; below them the predicted reward and continue."""
-    context = min(context, args.batch_length // 2)
+    context, world, rssm = min(context, args.batch_length // 2), agent.world, agent.world.rssm
     batch, _ = replay.sample(count, args.batch_length + 1, online=False)
-    device, world, rssm = next(agent.parameters()).device, agent.world, agent.world.rssm
-    carry, obs = split_context({k: v.to(device) for k, v in batch.items()})
-    noise = torch.empty(args.batch_length, count, rssm.stoch, rssm.classes, device=device).exponential_()
-    tokens = world.encoder({k: v[:context] for k, v in obs.items()})
-    deter, stoch, _ = rssm.observe(tokens, carry["action"][:context], obs["is_first"][:context], carry["deter"].float(),
-                                   carry["stoch"].float(), noise)
-    states, weights = list(zip(deter, stoch)), rssm.scan_weights(deter.dtype)
-    for action, step_noise in zip(carry["action"][context:], noise[context:]):
-        states.append(rssm.imagine_step(weights, *states[-1], action, step_noise))
-    deter, stoch = (torch.stack(x) for x in zip(*states))
+    batch = {k: v.to(world.bins.device) for k, v in batch.items()}
+    rows, before = split_context({k: v[: context + 1] for k, v in batch.items()})
+    deter, stoch, _ = rssm.observe(world.encoder(rows), **before)
+    states, weights, actions = list(zip(deter, stoch)), rssm.scan_weights(deter.dtype), batch["action"][context:-1]
+    for action, noise in zip(actions, rssm.noise(len(actions), count)):
+        states.append(rssm.imagine_step(weights, *states[-1], action, noise))
+    deter, stoch = map(torch.stack, zip(*states))
     feat = torch.cat([deter, stoch], -1)
-    return dream_video(obs["image"] / 255, world.decoder.forward(deter, stoch)["image"], context,  # D11
+    return dream_video(batch["image"][1:] / 255, world.decoder.forward(deter, stoch)["image"], context,  # D11
                        reward=twohot_mean(world.reward(feat), world.bins), cont=world.cont(feat)[..., 0].sigmoid())
 
 
@@ -1277,93 +1009,27 @@ def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int
 
 # ==== shared: checkpoint ====
 def save_checkpoint(run: Path, args, agent, optimizer, replay, device: torch.device, **counters) -> None:
-    """checkpoint.pt with everything a resumed run needs: written, fsynced, then put in place of the old one, which
-    stays as checkpoint_prev.pt. A kill or a full disk always leaves a loadable file."""
+    """checkpoint.pt with everything a resumed run needs. A kill or a full disk leaves the old one in its place."""
     rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
     buffer = io.BytesIO()  # torch.save into a file on a full disk raises its own errors, write an OSError
     torch.save(dict(algorithm=Path(__file__).stem, args=asdict(args), agent=agent.state_dict(), rng=rng,
                     optimizer=optimizer.state_dict(), replay=replay.state_dict(), **counters), buffer)
-    path, part = run / "checkpoint.pt", run / "checkpoint.tmp"
-    with open(part, "wb") as file:
+    with open(run / "checkpoint.tmp", "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
-    if path.exists():
-        shutil.copy(path, run / "checkpoint_prev.pt")
-    os.replace(part, path)
+    os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint file or the one in a run directory, plain data. Damaged, foreign: one line, exit status 2."""
-    file = path / "checkpoint.pt" if path.is_dir() else path
-    if not file.exists():
-        fail(f"no checkpoint at {file}")
+def load_checkpoint(run: Path) -> dict:
+    """The checkpoint of a run directory, plain data. Missing, damaged or foreign: one line, exit status 2."""
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        algorithm, flags = saved["algorithm"], saved["args"].keys()
+        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if saved["algorithm"] != Path(__file__).stem or saved["args"].keys() != {f.name for f in fields(Args)}:
+            raise ValueError(f"made by {saved['algorithm']}.py, or by another version of this script")
     except Exception as error:  # damaged pickles raise anything
-        fail(f"{file} is damaged ({type(error).__name__}); checkpoint_prev.pt beside it is the one before")
-    if algorithm != Path(__file__).stem or flags != {f.name for f in fields(Args)}:
-        fail(f"{file} was made by {algorithm}.py, or by another version of this script")
+        fail(f"{run / 'checkpoint.pt'} is missing, damaged or foreign: {error!r:.150}")
     return saved
-
-
-def load_agent(saved: dict, agent) -> None:
-    """The networks of a checkpoint; if they are others than these: one line, exit status 2."""
-    try:
-        agent.load_state_dict(saved["agent"])
-    except RuntimeError as error:
-        fail(f"the run has other networks than these flags make ({' '.join(str(error).split())[:200]})")
-
-
-def restore(saved: dict, optimizer, replay, device: torch.device, rank: int) -> None:
-    """Continue where `save_checkpoint` was called; ranks but the first go on with fresh random numbers."""
-    optimizer.load_state_dict(saved["optimizer"])
-    replay.load_state_dict(saved["replay"])
-    if rank == 0:
-        torch.set_rng_state(saved["rng"][0])
-        if device.type == "cuda" and len(saved["rng"]) > 1:
-            torch.cuda.set_rng_state(saved["rng"][1], device)
-
-
-def run_name(args) -> str:
-    return f"{re.sub('[/:]', '_', args.env_id)}__{args.exp_name}__{args.seed}__"
-
-
-def find_run(args) -> Path | None:
-    """What --checkpoint or --resume names; with `auto` the newest checkpoint of this run name; None for a new run."""
-    name = args.checkpoint if args.eval_only else args.resume
-    if name == "auto":
-        found = Path(args.run_dir).glob(f"{run_name(args)}*/checkpoint.pt")
-        return max(found, key=lambda path: path.stat().st_mtime, default=None)
-    return Path(name) if name else None
-
-
-def run_folder(args, device: torch.device) -> Path:
-    """The directory of the run that is resumed or evaluated, or a new one, the same on all ranks."""
-    stamp = gather_ranks(torch.tensor([time.time_ns() // 1_000_000], device=device))[0]
-    run = find_run(args) or Path(args.run_dir) / f"{run_name(args)}{stamp}"
-    return run.parent if run.is_file() else run
-
-
-def start_log(args, run: Path, step: int | None) -> SummaryWriter:
-    """Arguments, a copy of the script, versions; TensorBoard, without the points after `step` that a kill left."""
-    flags = json.dumps(asdict(args), indent=1)
-    (run / "args.json").write_text(flags)
-    (run / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-    (run / "versions.txt").write_text("".join(sorted(f"{d.name}=={d.version}\n" for d in distributions())))
-    writer = SummaryWriter(str(run), purge_step=None if step is None else step + 1)
-    writer.add_text("hyperparameters", f"```\n{flags}\n```")
-    return writer
-
-
-def check_finite(metrics: dict, step: int, run: Path) -> dict[str, float]:
-    """Metrics as floats, in one transfer to the host. A loss that is not finite stops the run before it is saved."""
-    values = dict(zip(metrics, torch.stack([m.float() for m in metrics.values()]).tolist())) if metrics else {}
-    for name, value in values.items():
-        if name.startswith(("losses/", "grad/")) and not math.isfinite(value):
-            fail(f"{name} is {value} at step {step}; stopped, the last good checkpoint stays in {run}")
-    return values
 
 
 def stop_signals() -> list[int]:
@@ -1375,9 +1041,8 @@ def stop_signals() -> list[int]:
         if number == signal.SIGINT:  # trap: torchrun passes on a SIGTERM that its processes also got themselves
             signal.signal(number, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), receive)
+    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows has no SIGUSR1
+        signal.signal(getattr(signal, name), receive)
     return received
 # ==== end shared ====
 
@@ -1386,37 +1051,32 @@ def stop_signals() -> list[int]:
 
 # ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Flags, over the arguments of the run that is resumed or evaluated, or over the preset. Bad ones: status 2."""
+    """Flags, over the arguments of the run that is resumed, or over the preset. Bad ones: one line, exit status 2."""
     argv = [re.sub(r"(?<![^=])\d+[eE]\d\d?$", lambda number: f"{float(number[0]):.0f}", word)  # tyro's int refuses 1e6
             for word in (sys.argv[1:] if argv is None else argv)]
     first = tyro.cli(Args, args=argv)
-    path = find_run(first)
-    default = Args(**load_checkpoint(path)["args"]) if path else replace(Args(), **PRESETS[first.preset])
-    args = replace(tyro.cli(Args, args=argv, default=default), resume="" if first.eval_only else str(path or ""))
-    if args.eval_only and not (path and args.eval_episodes):
-        fail("--eval-only needs --checkpoint PATH and --eval-episodes")
-    return validate(args)
+    run = first.resume
+    if run == "auto":
+        files = Path(first.run_dir).glob(f"{run_name(first)}*/checkpoint.pt")
+        newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
+        run = str(newest.parent) if newest else ""
+    default = Args(**load_checkpoint(Path(run))["args"]) if run else replace(Args(), **PRESETS[first.preset])
+    return validate(replace(tyro.cli(Args, args=argv, default=default), resume=run))
 
 
-def check_numbers(args, may_be_zero: str) -> None:
-    """Counts are positive except those named, all other numbers finite and not negative."""
-    for f in fields(args):
-        value, positive = getattr(args, f.name), "int" in f.type and f.name not in may_be_zero.split()
-        if type(value) in (int, float) and not (math.isfinite(value) and value >= positive):  # not bool
-            fail(f"--{f.name.replace('_', '-')} must be {'positive' if positive else 'zero or more'}, got {value}")
-
-
-def resolve(args, device: torch.device, **auto):
-    """Replace `auto` by what it stands for here, so that checkpoints and logs hold plain values."""
-    auto |= dict(compile="on" if device.type == "cuda" else "off")
-    values = {k: v for k, v in auto.items() if getattr(args, k) == "auto"}
-    return replace(args, action_repeat=args.action_repeat or (4 if args.env_id.startswith("ALE/") else 1), **values)
+def run_name(args) -> str:
+    """Name of the run directory, without the time that ends it."""
+    return f"{re.sub('[/:]', '_', args.env_id)}__{args.exp_name}__{args.seed}__"
 # ==== end shared ====
 
 
 def validate(args: Args) -> Args:
     """The arguments, if each makes sense and they fit together; else one line and exit status 2."""
-    check_numbers(args, "seed learning_starts eval_every video_every eval_episodes warmup")  # D13
+    may_be_zero = "seed learning_starts eval_every video_every eval_episodes warmup".split()  # D13
+    for f in fields(args):
+        value, least = getattr(args, f.name), int("int" in f.type and f.name not in may_be_zero)
+        if type(value) in (int, float) and not least <= value < math.inf:  # not bool
+            fail(f"--{f.name.replace('_', '-')} must be a number of at least {least}, got {value}")
     if args.batch_length == 1 or args.image_size % 16:  # D8, D11
         fail("--batch-length is at least 2 (the critic bootstraps from the next step), --image-size a multiple of 16")
     if args.train_ratio == 0 or max(args.gamma, args.lam, args.unimix, args.actor_unimix, args.sticky_actions) > 1:
@@ -1426,124 +1086,132 @@ def validate(args: Args) -> Args:
 
 def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:  # D9
     """Fields of a replay row: name -> (shape, dtype). Nothing is lost: h in computation precision, z is one-hot."""
-    flag, rssm = ((), torch.bool), agent.world.rssm
-    obs = dict(image=(shapes["image"], torch.uint8)) if "image" in shapes else {}
-    obs |= dict(vector=((sum(shapes["vector"]),), torch.float32)) if "vector" in shapes else {}
-    return dict(obs, reward=((), torch.float32), is_first=flag, is_last=flag, is_terminal=flag,
-                action=((agent.behaviour.action_dim,), torch.float32),
-                deter=((rssm.deter,), torch.bfloat16 if args.precision == "bf16" else torch.float32),
+    flag, number, rssm = ((), torch.bool), torch.float32, agent.world.rssm
+    obs = {k: (n, torch.uint8) if k == "image" else ((sum(n),), number) for k, n in shapes.items()}
+    return dict(obs, reward=((), number), is_first=flag, is_last=flag, is_terminal=flag,
+                action=((agent.behaviour.action_dim,), number),
+                deter=((rssm.deter,), torch.bfloat16 if args.precision == "bf16" else number),
                 stoch=((rssm.stoch * rssm.classes,), torch.uint8))
 
 
 def main(args: Args) -> None:
     # ---- set-up: processes, device, environments, networks ----
-    rank, local_rank, world_size = start_ranks(args.device)
-    device = pick_device(args.device, local_rank)
+    rank, world_size, device = start_ranks(args.device)
     cuda = device.type == "cuda"
-    args = resolve(args, device, precision="bf16" if cuda else "fp32", size="size12m" if cuda else "size1m")  # D11
+    auto = dict(precision="bf16" if cuda else "fp32", compile="on" if cuda else "off",  # D11
+                size="size12m" if cuda else "size1m")
+    args = replace(args, action_repeat=args.action_repeat or (4 if args.env_id.startswith("ALE/") else 1),
+                   **{k: v for k, v in auto.items() if getattr(args, k) == "auto"})
     if args.num_envs % world_size or args.batch_size % world_size:
         fail(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world_size} ranks")
     num_envs, batch_size = args.num_envs // world_size, args.batch_size // world_size
     length = args.batch_length + 1  # D12: one row lends its latents and action
-    envs = make_envs(args, num_envs, args.seed + rank * num_envs)
+    saved = load_checkpoint(Path(args.resume)) if args.resume else None
+    step, updates, learned = (saved[k] for k in ("step", "updates", "learned")) if saved else (0, 0, 0)
+    envs = make_envs(args, num_envs, args.seed + rank * num_envs + step)  # after a resume other episodes than at first
     torch.manual_seed(args.seed)  # the same weights on every rank
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args).to(device)
-    run, saved = run_folder(args, device), load_checkpoint(find_run(args)) if find_run(args) else None
-    if saved:
-        load_agent(saved, agent)
-    if args.eval_only:
-        with SummaryWriter(str(run)) as writer:
-            log_results(*evaluate(agent, args, device, saved["step"]), "play/episode", writer, saved["step"])
-        return
     if args.compile == "on":
         agent.compile_regions()
     optimizer = LaProp(agent.parameters(), args.lr, args.warmup, args.agc)  # D6
 
     # ---- the state of a run: everything that a checkpoint holds ----
+    stamp = gather_ranks(torch.tensor([time.time_ns() // 1_000_000], device=device))[0]  # the same on all ranks
+    run = Path(args.resume or f"{args.run_dir}/{run_name(args)}{stamp}")
     wanted = min(args.buffer_size, max(args.total_timesteps, length * args.num_envs))  # D9
     rows = saved["capacity"] if saved else -(-wanted // args.num_envs)
     if rows < length:  # D12
         fail(f"--batch-length {args.batch_length} needs {length} rows per environment, has {rows} (--buffer-size)")
-    specs = replay_specs(envs.shapes, agent, args)
-    place = replay_device(specs, rows * num_envs, args, device)
     run.mkdir(parents=True, exist_ok=True)
-    replay = SequenceReplay(specs, rows, num_envs, place, run / f"replay{rank}", new=not saved)  # D9
-    ratio = Ratio(args.train_ratio / (args.batch_size * args.batch_length))  # D13
-    step, updates, metrics = 0, 0, {}
-    torch.manual_seed(args.seed + 1000 * rank + (saved["step"] if saved else 0))
+    specs, folder = replay_specs(envs.shapes, agent, args), run / f"replay{rank}"
+    replay = SequenceReplay(specs, rows, num_envs, device, folder, new=not saved)  # D9
+    torch.manual_seed(args.seed + 1000 * rank + step)  # other noise on every rank
     if saved:
-        restore(saved, optimizer, replay, device, rank)
-        step, updates, ratio.previous = saved["step"], saved["updates"], saved["ratio"]
-        envs.seed += step  # other episodes than the first ones again
+        try:
+            agent.load_state_dict(saved["agent"])
+        except RuntimeError as error:
+            fail(f"the run has other networks than these flags make ({' '.join(str(error).split())[:200]})")
+        optimizer.load_state_dict(saved["optimizer"])
+        replay.load_state_dict(saved["replay"])
+        if rank == 0:  # the others must not draw what it draws
+            torch.set_rng_state(saved["rng"][0])
+            if cuda and saved["rng"][1:]:
+                torch.cuda.set_rng_state(saved["rng"][1], device)
 
+    ratio = args.train_ratio / (args.batch_size * args.batch_length)  # D13
     if rank == 0:
-        writer = start_log(args, run, step if saved else None)
-        modules = [*agent.world.named_children(), *agent.behaviour.named_children()]
-        counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in modules}
+        flags = json.dumps(asdict(args), indent=1)
+        (run / "args.json").write_text(flags)
+        (run / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
+        writer = SummaryWriter(str(run), purge_step=step + 1)  # without the points that a killed life left
+        writer.add_text("hyperparameters", f"```\n{flags}\n```")
+        counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad)
+                  for part in agent.children() for name, module in part.named_children()}
         parts = ", ".join(f"{k} {v:,}" for k, v in counts.items() if v)
         print(f"run directory: {run}\ndevice: {device}, {args.precision}, compile {args.compile}, {args.size}\n"  # D11
-              f"parameters: {sum(counts.values()):,} ({parts})\ngradient steps per policy step: {ratio.ratio:g} "
+              f"parameters: {sum(counts.values()):,} ({parts})\ngradient steps per policy step: {ratio:g} "
               f"(batch {args.batch_size} x {args.batch_length}, train ratio {args.train_ratio:g})")  # D13
 
     # ---- the loop: step all environments, act, store, learn ----
-    stop, episodes, clock = stop_signals(), Episodes(num_envs), (time.time(), step, updates)
+    def due(every: int) -> bool:
+        return every > 0 and step // every > before // every or step >= args.total_timesteps
+
+    stop, stopping, metrics, ret, first = stop_signals(), False, {}, math.nan, updates
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 10)  # shows steps/s and the measured time left
     state, row = agent.initial(num_envs, device), envs.reset()
     enough = min(args.batch_size * args.batch_length, (rows - length + 1) * args.num_envs)  # D13, official: B*T
+    enough = args.num_envs if args.learning_starts else enough
     while step < args.total_timesteps:
         state = agent.act(row, state)  # D13
         state["action"] *= torch.as_tensor(~row["is_last"], device=device)[:, None]  # none follows an episode's end
         action = state["action"].cpu().numpy()
         replay.add(row | state)  # D9, D12
-        decisions, stopping, starts = sum_ranks(
-            [int((~row["is_first"]).sum()), bool(stop), replay.starts(length)], device)  # D9; all ranks must agree
+        news = torch.tensor([(~row["is_first"]).sum(), bool(stop), replay.starts(length)], device=device)  # D9
+        decisions, stopping, starts = gather_ranks(news).view(-1, 3).sum(0).tolist()  # all ranks must agree
         before, step = step, step + decisions
-        for _, ret, steps in episodes.update(row):
-            if rank == 0:
-                tqdm.write(f"global_step={step}, episodic_return={ret:g}")
-                log_results({"charts/episodic_return": ret, "charts/episodic_length": steps}, [], "", writer, step)
-
-        # D13
-        if starts >= args.num_envs and (step >= args.learning_starts if args.learning_starts else starts >= enough):
-            for _ in range(ratio(replay.rows * args.num_envs)):
+        if starts >= enough and step >= args.learning_starts:  # D13
+            # one update at first, then floor(new rows x ratio), the remainder carried; source: `when.Ratio`
+            stored = replay.rows * args.num_envs
+            count = int((stored - learned) * ratio) if updates else 1
+            learned = learned + count / ratio if updates else stored
+            for _ in range(count):
                 metrics = train_step(agent, optimizer, replay, batch_size)
-                updates += 1
-        bar.set_postfix(dict(ret=f"{episodes.last:.4g}", updates=updates), refresh=False)
-        bar.update(step - before)
+            updates += count
 
-        def due(every: int) -> bool:
-            return every > 0 and step // every > before // every or step >= args.total_timesteps
-
-        if due(args.save_every) or stopping:
-            check_finite(metrics, step, run)
-            replay.flush()
-            sum_ranks([0], device)  # wait until every rank has flushed
-            if rank == 0:
-                save_checkpoint(run, args, agent, optimizer, replay, device, step=step, updates=updates,
-                                capacity=rows, ratio=ratio.previous)
-        if rank == 0 and due(args.log_every) and metrics:
-            seconds, steps, count = (new - old for new, old in zip((time.time(), step, updates), clock))
-            clock = (time.time(), step, updates)
-            scalars = {"charts/SPS": steps / max(seconds, 1e-9), "charts/UPS": count / max(seconds, 1e-9),
-                       "charts/frames": step * args.action_repeat, **check_finite(metrics, step, run)}
-            log_results(scalars, [], "", writer, step)
-        if stopping:
-            if rank == 0:
-                tqdm.write(f"saved at step {step}; continue with --resume {run}")
-            break
         if rank == 0:
+            for ret, steps in zip(envs.ret[row["is_last"]], envs.length[row["is_last"]]):
+                tqdm.write(f"global_step={step}, episodic_return={ret:g}")
+                log_results(writer, step, {"charts/episodic_return": ret, "charts/episodic_length": steps})
+            bar.set_postfix(ret=f"{ret:.4g}", updates=updates, refresh=False)
+            bar.update(step - before)
+            if metrics and (due(args.save_every) or due(args.log_every) or stopping):  # one transfer to the host
+                values = dict(zip(metrics, torch.stack([m.float() for m in metrics.values()]).tolist()))
+                for name, value in values.items():
+                    if name.startswith(("losses/", "grad/")) and not math.isfinite(value):
+                        fail(f"{name} is {value} at step {step}; stopped, the last good checkpoint stays in {run}")
+            if due(args.save_every) or stopping:
+                save_checkpoint(run, args, agent, optimizer, replay, device, step=step, updates=updates,
+                                learned=learned, capacity=rows)
+            if due(args.log_every) and metrics:
+                seconds = bar.format_dict["elapsed"]
+                speed = {"charts/SPS": (step - bar.initial) / seconds, "charts/UPS": (updates - first) / seconds}
+                log_results(writer, step, {**speed, "charts/frames": step * args.action_repeat, **values})
             with torch.random.fork_rng([device] if cuda else []):  # looking changes nothing
-                if due(args.video_every) and "image" in replay.data and starts:  # D9
-                    log_results(*open_loop_video(agent, replay, args), "dream/open_loop", writer, step)
-                if due(args.eval_every) and args.eval_episodes:
-                    log_results(*evaluate(agent, args, device, step), "eval/episode", writer, step)
+                if due(args.video_every) and "image" in replay.data and starts and not stopping:  # D9
+                    log_results(writer, step, *open_loop_video(agent, replay, args))
+                if due(args.eval_every) and args.eval_episodes and step < args.total_timesteps and not stopping:
+                    log_results(writer, step, evaluate(agent, args, device, step))
+        if stopping:
+            break
         row = envs.step(action)
     bar.close()
     if rank == 0:
+        if stopping:
+            print(f"saved at step {step}; continue with --resume {run}")
+        elif args.eval_episodes:  # also after the resume of a run that had ended
+            log_results(writer, step, evaluate(agent, args, device, step))
         writer.close()
-        if not updates:
-            print("no update was made: replay never held enough rows")
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -3,9 +3,10 @@
 Times complete updates (replay sampling, loss, backward, optimiser, slow critic, write-back) on seeded random data in a
 real replay, the policy step, and the Atari environment alone; with --real also that many seconds of real training. For
 iris.py, of each part by itself, after all frames were encoded and decoded, which happens once per epoch and is timed
-too. Prints one line for people and one JSON line. Compare only figures of one run on one machine."""
+too. Prints the size of replay, a line for people and one of JSON. Compare only figures of one run on one machine."""
 
 import argparse
+import dataclasses
 import json
 import math
 import platform
@@ -151,10 +152,12 @@ def main() -> None:
     torch.set_num_threads(own.threads)
     script = load(Path(own.file).stem)
     args = script.parse_args(flags)
-    device = script.pick_device(args.device)
+    _, _, device = script.start_ranks(args.device)
     cuda = device.type == "cuda"
-    auto = dict(precision="bf16" if cuda else "fp32", size="size12m" if cuda else "size1m")  # as in main
-    args = script.resolve(args, device, **{name: value for name, value in auto.items() if hasattr(args, name)})
+    auto = dict(precision="bf16" if cuda and not hasattr(script, "PARTS") else "fp32",
+                compile="on" if cuda else "off", size="size12m" if cuda else "size1m")  # fmt: skip  # as in main
+    args = dataclasses.replace(args, action_repeat=args.action_repeat or (4 if args.env_id.startswith("ALE/") else 1),
+                               **{k: v for k, v in auto.items() if getattr(args, k, "") == "auto"})  # fmt: skip
     torch.manual_seed(args.seed)
     size, gray = getattr(args, "image_size", 64), getattr(args, "grayscale", False)
     shapes, discrete, actions = {"image": (size, size, 1 if gray else 3)}, True, 6

@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,13 +61,13 @@ class NaiveUpdate:
     def encode(self, image):
         x = image.flatten(0, 1).permute(0, 3, 1, 2).to(self.world.rssm.gru.weight.dtype) / 255 - 0.5
         for conv in self.world.encoder.convs:
-            x = F.elu(nn.Conv2d.forward(conv, x))
+            x = F.elu(conv(x))
         return x.permute(0, 2, 3, 1).flatten(1).unflatten(0, image.shape[:2])
 
     def decode(self, feat):
         x = self.world.decoder.dense(feat).flatten(0, 1)[:, :, None, None]
         for i, conv in enumerate(self.world.decoder.convs):
-            x = nn.ConvTranspose2d.forward(conv, F.elu(x) if i else x)
+            x = conv(F.elu(x) if i else x)
         return x.permute(0, 2, 3, 1).unflatten(0, feat.shape[:2])
 
     def world_loss(self, batch, noise):
@@ -77,7 +78,7 @@ class NaiveUpdate:
         for t in range(len(tokens)):
             keep = (~batch["is_first"][t]).to(deter.dtype)[:, None]
             deter = self.cell(deter * keep, stoch * keep, batch["action"][t] * keep)
-            x = F.elu(rssm.post_hid(torch.cat([deter, tokens[t]], -1)))
+            x = rssm.post_hid(torch.cat([deter, tokens[t]], -1))
             posts.append(rssm.post_out(x).unflatten(-1, (rssm.stoch, rssm.classes)))
             priors.append(rssm.prior(deter))
             stoch = Latent(posts[-1]).draw(noise[t]).flatten(1)
@@ -105,7 +106,7 @@ class NaiveUpdate:
         rewards, values = [world.reward(feat)[:, 0]], [behaviour.slow_critic(feat)[:, 0]]
         discounts = [(1 - is_terminal.flatten().to(feat.dtype)) * args.gamma]
         for action_noise, stoch_noise in zip(noise["action"], noise["prior"]):
-            policy = OneHotCategoricalStraightThrough(logits=behaviour.actor(feats[-1].detach()))
+            policy = OneHotCategoricalStraightThrough(logits=behaviour.policy(feats[-1].detach()))
             actions.append(policy.sample() if action_noise is None else
                            F.one_hot((policy.probs / action_noise).argmax(-1), action_noise.shape[-1]))
             deter = self.cell(deter, stoch, actions[-1].to(deter.dtype))
@@ -121,7 +122,7 @@ class NaiveUpdate:
         for discount in discounts[:-1]:
             weights.append(weights[-1] * discount)
         feat, target, weight = torch.stack(feats).detach(), torch.stack(targets).detach(), torch.stack(weights).detach()
-        policy = OneHotCategoricalStraightThrough(logits=behaviour.actor(feat[:-2]))
+        policy = OneHotCategoricalStraightThrough(logits=behaviour.policy(feat[:-2]))
         advantage = (target[1:] - torch.stack(values)[:-2]).detach()
         objective = policy.log_prob(torch.stack(actions)[:-1]) * advantage + coefs[0] * policy.entropy()
         value = Normal(behaviour.critic(feat[:-1])[..., 0], 1.0)
@@ -147,7 +148,7 @@ if __name__ == "__main__":
     script, device, cpu_ms = load("dreamer_v2"), torch.device("cpu"), []
     torch.set_num_threads(1)
     script.Linear.forward = nn.Linear.forward
-    args = script.resolve(script.parse_args(sys.argv[1:]), device, precision="fp32")
+    args = replace(script.parse_args(sys.argv[1:]), precision="fp32")
     agent = script.Agent({"image": (64, 64, 1)}, 6, True, args)
     specs, folder = script.replay_specs({"image": (64, 64, 1)}, agent, args), tempfile.TemporaryDirectory()
     replay = script.EpisodeReplay(specs, 10 * args.batch_length, 1, device, Path(folder.name),

@@ -17,13 +17,13 @@ each_script = pytest.mark.parametrize("name", NAMES)
 
 EVERY_FILE = dict(  # DESIGN of the command line: these flags mean the same in all scripts
     env_id="ALE/Pong-v5", seed=1, num_envs=1, action_repeat=None, device="auto", precision="auto", compile="auto",
-    run_dir="runs", resume="", eval_only=False, checkpoint="", preset="default")
+    run_dir="runs", resume="", preset="default")
 PRESENT = ("total_timesteps", "exp_name", "buffer_size", "learning_starts", "batch_size", "batch_length",
            "imag_horizon", "gamma", "lam", "ent_coef", "save_every", "eval_every", "eval_episodes", "video_every",
            "log_every")
 OFFICIAL = dict(
     iris=dict(
-        total_timesteps=100_000, buffer_size=200_000, buffer_device="auto", image_size=64, sticky_actions=0,
+        total_timesteps=100_000, buffer_size=200_000, image_size=64, sticky_actions=0,
         life_loss=True, epoch_steps=200, epoch_updates=200, extra_epochs=100, learning_starts=1000, world_starts=5000,
         behaviour_starts=10_000, tokenizer_batch=256, batch_size=64, batch_length=20, vocab_size=512, code_dim=512,
         channels=64, res_blocks=2, perceptual_loss="auto", lpips_weights="", lpips_dropout=True, layers=10, heads=4,
@@ -31,7 +31,7 @@ OFFICIAL = dict(
         epsilon=0.01, temperature=1, eval_temperature=0.5, lr=1e-4, weight_decay=0.01, grad_clip=10),
     dreamer_v2=dict(
         total_timesteps=50_000_000, grayscale=True, sticky_actions=0.25, full_action_space=False,
-        reward_transform="tanh", buffer_size=2_000_000, buffer_device="auto", learning_starts=50_000, pretrain=1,
+        reward_transform="tanh", buffer_size=2_000_000, learning_starts=50_000, pretrain=1,
         train_every=16, batch_size=16, batch_length=50, prioritize_ends=True, stoch=32, classes=32, deter=600,
         hidden=600, cnn_depth=48, layers=4, units=400, kl_scale=0.1, kl_balance=0.8, free_nats=0, pred_discount=True,
         discount_scale=5, imag_horizon=15, gamma=0.999, lam=0.95, actor_grad="auto", rho="0.9", ent_coef="1e-3",
@@ -41,7 +41,7 @@ OFFICIAL = dict(
         total_timesteps=1_000_000, batch_size=16, batch_length=64, train_ratio=256, buffer_size=5_000_000, size="auto",
         imag_horizon=15, gamma=1 - 1 / 333, lam=0.95, ent_coef=3e-4, slow_rate=0.02, free_nats=1, beta_dyn=1,
         beta_rep=0.1, beta_repval=0.3, unimix=0.01, actor_unimix=0.01, lr=4e-5, warmup=1000, agc=0.3, image_size=64,
-        grayscale=False, sticky_actions=0, full_action_space=False, pixels=False, buffer_device="auto"),
+        sticky_actions=0, pixels=False),
 )
 # the other settings of the authors; every field of the preset is here
 PRESETS = dict(

@@ -1,6 +1,7 @@
 """The same result by another way: parallel or in steps, one sequence or two, one element alone, bf16, compiled."""
 import copy
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,12 @@ def scan_inputs(agent, seed=0):
     return {k: v if v.dtype == torch.bool else v.double() for k, v in x.items()}
 
 
+def observe(rssm, noise, **inputs):
+    """`RSSM.observe` with this noise."""
+    with mock.patch.object(rssm, "noise", lambda *_: noise):
+        return rssm.observe(**inputs)
+
+
 def part(inputs, t0, t1, state=None):
     """Steps t0..t1-1 of the inputs, from another state if one is given."""
     cut = {k: v if k in ("deter", "stoch") else v[t0:t1] for k, v in inputs.items()}
@@ -33,10 +40,10 @@ def test_scan_is_its_steps(m):
     """T calls of one step give what one call over T steps gives."""
     agent = tiny(m).double()
     inputs = scan_inputs(agent)
-    whole = agent.world.rssm.observe(**inputs)
+    whole = observe(agent.world.rssm, **inputs)
     state, steps = None, []
     for t in range(T):
-        steps.append(agent.world.rssm.observe(**part(inputs, t, t + 1, state)))
+        steps.append(observe(agent.world.rssm, **part(inputs, t, t + 1, state)))
         state = steps[-1][0][-1], steps[-1][1][-1]
     for one, many in zip(whole, zip(*steps)):
         torch.testing.assert_close(one, torch.cat(many), rtol=1e-12, atol=1e-12)
@@ -48,9 +55,9 @@ def test_sequence_with_a_reset_is_two_sequences(m):
     agent = tiny(m).double()
     inputs = scan_inputs(agent)
     inputs["is_first"][3] = True
-    whole = agent.world.rssm.observe(**inputs)
+    whole = observe(agent.world.rssm, **inputs)
     junk = torch.randn_like(inputs["deter"]), torch.randn_like(inputs["stoch"])
-    halves = agent.world.rssm.observe(**part(inputs, 0, 3)), agent.world.rssm.observe(**part(inputs, 3, T, junk))
+    halves = observe(agent.world.rssm, **part(inputs, 0, 3)), observe(agent.world.rssm, **part(inputs, 3, T, junk))
     for one, two in zip(whole, zip(*halves)):
         torch.testing.assert_close(one, torch.cat(two), rtol=1e-12, atol=1e-12)
 
@@ -62,8 +69,9 @@ def test_nothing_crosses_a_reset(m):
     batch, other = random_rows(agent), random_rows(agent, seed=1)
     batch["is_first"][3] = True  # row 3 is step 2 of the losses
     changed = {k: v if k.startswith("is_") else torch.cat([other[k][:3], v[3:]]) for k, v in batch.items()}
-    noise = agent.noise(B, torch.device("cpu"))["post"]
-    (losses, post, _), (others, latents, _) = agent.world.loss(batch, noise), agent.world.loss(changed, noise)
+    noise = agent.world.rssm.noise(T, B)
+    agent.world.rssm.noise = lambda *_: noise
+    (losses, post, _), (others, latents, _) = (agent.world.loss(*m.split_context(x)) for x in (batch, changed))
     for name, x, y in [(k, losses[k], others[k]) for k in losses] + [(k, post[k], latents[k]) for k in post]:
         torch.testing.assert_close(x[2:], y[2:], rtol=1e-6, atol=1e-6, msg=lambda text: f"{name}: {text}")
         assert not torch.equal(x[:2], y[:2]), name
@@ -101,14 +109,13 @@ def test_acting_is_observing(m, discrete):
         state = agent.act(row, state)
         torch.manual_seed(t)  # the same draws again: posterior first, then the action
         post_noise[t].exponential_()
-        policy_noise.append(agent.behaviour.noise(envs, device=device))
+        policy_noise.append(agent.behaviour.noise(envs))
         stored = {k: torch.as_tensor(v) for k, v in row.items()}
         rows.append(dict(stored, action=state["action"], deter=state["deter"], stoch=state["stoch"].byte()))
-    carry, obs = m.split_context({k: torch.stack([row[k] for row in rows]) for k in rows[0]})
+    obs, context = m.split_context({k: torch.stack([row[k] for row in rows]) for k in rows[0]})
     with torch.no_grad():
-        deter, stoch, _ = rssm.observe(agent.world.encoder(obs), carry["action"], obs["is_first"], carry["deter"],
-                                       carry["stoch"].float(), post_noise[1:])
-        action = agent.behaviour.policy(torch.cat([deter, stoch], -1)).sample(torch.stack(policy_noise)[1:])
+        deter, stoch, _ = observe(rssm, post_noise[1:], tokens=agent.world.encoder(obs), **context)
+        action = agent.behaviour.sample(torch.cat([deter, stoch], -1), torch.stack(policy_noise)[1:])
     torch.testing.assert_close(deter, obs["deter"], rtol=1e-4, atol=1e-5)
     assert torch.equal(stoch, obs["stoch"].float())
     torch.testing.assert_close(action, obs["action"], rtol=1e-4, atol=1e-5)
@@ -120,11 +127,12 @@ def test_dreaming_is_observing_without_tokens(m):
     """A dream's step has the h of an observed step, and draws z from the prior with its uniform share."""
     agent, count = tiny(m).double(), 300
     rssm = agent.world.rssm
-    rssm.prior_head[-1].weight.data *= 100  # near certainty, where the uniform share is what is left
+    rssm.prior[-2].weight.data *= 100  # near certainty, where the uniform share is what is left
     sizes = rssm.deter, rssm.stoch * rssm.classes, 3, agent.world.encoder.tokens
     deter, stoch, action, tokens = (torch.randn(count, n).double() for n in sizes)
     noise, alive = torch.empty(count, 32, 2).double().exponential_(), torch.zeros(1, count, dtype=torch.bool)
-    seen, _, _ = rssm.observe(tokens[None], action[None], alive, deter, stoch, noise[None])
+    rssm.noise = lambda *_: noise[None]
+    seen, _, _ = rssm.observe(tokens[None], action[None], alive, deter, stoch)
     dreamt, sample = rssm.imagine_step(rssm.scan_weights(torch.float64), deter, stoch, action, noise)
     torch.testing.assert_close(dreamt, seen[0], rtol=1e-12, atol=1e-12)
     probs = 0.99 * rssm.prior(dreamt).softmax(-1) + 0.01 / 2
@@ -157,7 +165,7 @@ def test_bf16_is_close_to_fp32(m):
         agent = tiny(m, precision=precision)
         batch = random_rows(agent)
         torch.manual_seed(0)
-        total, post, metrics = agent.loss(batch, agent.noise(B, torch.device("cpu")))
+        total, post, metrics = agent.loss(batch)
         total.backward()
         assert total.dtype == torch.float32 and post["deter"].dtype == dtype
         results.append((metrics, torch.cat([p.grad.flatten() for p in agent.parameters() if p.requires_grad])))
@@ -175,7 +183,8 @@ def test_norms_and_softmaxes_are_fp32_in_bf16(m):
     x, norm, bins = torch.randn(50, 32).bfloat16(), m.NormSiLU(32), m.symexp_bins(31)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(norm(x), norm(x.float()).bfloat16())
-        for y in (m.unimix(x, 0.01), m.BoundedNormal(x).log_prob(x[:, :16])):
+        behaviour = m.Behaviour(32, 16, False, m.Args(size="size1m"))
+        for y in (m.unimix(x, 0.01), behaviour.policy(x).log_prob(x[:, :16])):
             assert y.dtype == torch.float32
         target, x = x[:, 0].float(), x[:, 1:]
         assert torch.equal(m.twohot_mean(x, bins), m.twohot_mean(x.float(), bins))

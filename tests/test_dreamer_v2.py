@@ -62,15 +62,23 @@ def replay_of(batch):
     return SimpleNamespace(sample=lambda batch_size: dict(batch))
 
 
+def use_noise(agent, steps=T):
+    """Draw the noise of an update once, for all calls that follow."""
+    rssm, behaviour, dreams = agent.world.rssm, agent.behaviour, (H, steps * B)
+    noise = dict(post=rssm.noise(steps, B), action=behaviour.noise(*dreams), prior=rssm.noise(*dreams))
+    noise = {k: x.to(rssm.gru.weight.dtype) for k, x in noise.items()}
+    rssm.noise = lambda *lead: noise["post" if lead == (steps, B) else "prior"]
+    behaviour.noise = lambda *lead: noise["action"]
+    return noise
+
+
 def dream(agent, post=None, coefs=(1e-2, 0.7)):
     """The behaviour's losses for the same rows and noise each time."""
     batch = rows(agent.behaviour.discrete)
     torch.manual_seed(1)
-    noise = agent.noise(B, CPU)
     if post is None:
-        post = agent.world.loss(batch, noise["post"])[1]
-    return agent.behaviour.loss(agent.world, post, batch["is_terminal"], noise["action"], noise["prior"],
-                                torch.tensor(coefs, dtype=F64))[0]
+        post = agent.world.loss(batch)[1]
+    return agent.behaviour.loss(agent.world, post, batch, torch.tensor(coefs, dtype=F64))[0]
 
 
 # ---- KL, samples ----
@@ -117,7 +125,7 @@ def test_straight_through_sample():
     """Exactly one-hot, with the softmax Jacobian times the cotangent as gradient."""
     torch.manual_seed(0)
     logits, cotangent = (3 * rand(50, 5)).requires_grad_(), rand(50, 5)
-    sample = v2.Categorical(logits).sample(rand(50, 5).exponential_())
+    sample = v2.sample_onehot(logits.softmax(-1), rand(50, 5).exponential_())
     assert set(sample.unique().tolist()) == {0, 1} and (sample.sum(-1) == 1).all()
     grad, = torch.autograd.grad((cotangent * sample).sum(), logits)
     p = logits.detach().softmax(-1)
@@ -148,7 +156,7 @@ def test_truncated_normal_is_a_distribution():
     assert torch.allclose(integral(density, one), one, rtol=1e-12)
     entropy = integral(lambda x: -density(x) * policy.log_prob(x[..., None]), one)
     assert torch.allclose(policy.entropy(), entropy, rtol=1e-10)
-    assert torch.equal(policy.mode(), raw[:, :1].tanh()) and policy.std[0].item() == pytest.approx(1.1)
+    assert torch.equal(policy.mean, raw[:, :1].tanh()) and policy.std[0].item() == pytest.approx(1.1)
     assert policy.std[:, 0].tolist() == pytest.approx([2 / (1 + math.exp(-s / 2)) + 0.1 for s in raw[:, 1].tolist()])
     assert policy.entropy()[0] > policy.entropy()[1] > policy.entropy()[2], "largest at mean 0"
     ratio = policy.log_prob(policy.mean) - policy.log_prob(policy.mean + 0.5 * policy.std)
@@ -193,7 +201,7 @@ def test_truncated_normal_stays_finite_in_float32(exact):
     grid = torch.linspace(-50, 50, 101)
     raw = torch.cartesian_prod(grid, grid).requires_grad_()
     policy, noise = v2.TruncatedNormal(raw, exact), v2.Behaviour(4, 1, False, replace(v2.Args(), **SMALL)).noise
-    rarest = noise(1_000_000, device=CPU).aminmax()
+    rarest = noise(1_000_000).aminmax()
     assert rarest[0] > 0 and rarest[1] < 1 and (rarest[1] - rarest[0]) > 0.9999
     for u in rarest:
         sample = policy.sample(u.expand(len(raw), 1))
@@ -252,7 +260,7 @@ def test_which_reward_matters(discrete, grad, monkeypatch):
     """An action leads to its state's reward: r_0 came before the first one. Of the last state only the value counts."""
     agent = small_agent(discrete, actor_grad=grad)
     table, found = torch.zeros(H + 1, 1, 1, dtype=F64), []
-    post = agent.world.loss(rows(discrete), agent.noise(B, CPU)["post"])[1]
+    post = agent.world.loss(rows(discrete))[1]
     monkeypatch.setattr(agent.world.reward, "forward", lambda feat: table.expand(-1, feat.shape[1], 1))
     for k in (None, 0, 1, H - 1, H):
         table.zero_()
@@ -268,7 +276,8 @@ def test_which_reward_matters(discrete, grad, monkeypatch):
 def test_a_dream_from_a_terminal_state_teaches_only_its_first_state(monkeypatch):
     """w_0 = 1 and d_0 = 0 there: the gradient is zero from index 1 on, and nowhere else."""
     agent = small_agent()
-    actor, critic = (spy(monkeypatch, getattr(agent.behaviour, name), "forward") for name in ("actor", "critic"))
+    nets = agent.behaviour.actor[-1], agent.behaviour.critic  # the logits, the value
+    actor, critic = (spy(monkeypatch, net, "forward") for net in nets)
     losses = dream(agent)
     alive = torch.ones(T * B, dtype=torch.bool)
     alive[4 * B + 1] = False
@@ -309,9 +318,10 @@ def test_losses_of_a_dream_from_scratch(discrete, grad, monkeypatch):
     world, behaviour = agent.world, agent.behaviour
     with torch.no_grad():
         reward, value, slow = (net(feat)[..., 0] for net in (world.reward, behaviour.critic, behaviour.slow_critic))
-        discount, policy = world.discount(feat)[..., 0].sigmoid(), behaviour.policy(feat[:-1])
+        discount, policy = world.discount(feat)[..., 0].sigmoid(), behaviour.policy(feat[:-2])
     discount[0] = 0.999 * (1 - rows()["is_terminal"].flatten().double())
-    log_prob, entropy = policy.log_prob(action), policy.entropy()
+    log_prob = (policy * action[:-1]).sum(-1) if discrete else policy.log_prob(action[:-1])
+    entropy = v2.entropy(policy) if discrete else policy.entropy()
     actor_loss = critic_loss = 0
     for n in range(T * B):
         target, weight = [slow[H, n]], [1.0]
@@ -333,7 +343,7 @@ def test_discount_head_learns_gamma_of_what_goes_on(monkeypatch):
     agent, batch = small_agent(gamma=0.9), rows()
     logits = rand(T, B, 1).requires_grad_()
     monkeypatch.setattr(agent.world.discount, "forward", lambda feat: logits)
-    loss, post, _ = agent.world.loss(batch, agent.noise(B, CPU)["post"])
+    loss, post, _ = agent.world.loss(batch)
     grad, = torch.autograd.grad(loss, logits)
     target = (logits.sigmoid() - grad * T * B / agent.args.discount_scale)[..., 0]
     wanted = torch.full((T, B), 0.9, dtype=F64)
@@ -382,7 +392,7 @@ def test_reach(loss, discrete, monkeypatch):
             if name != dict(image="decoder").get(loss, loss):
                 constant = torch.zeros(shape, dtype=F64)
                 monkeypatch.setattr(getattr(agent.world, name), "forward", lambda *_, constant=constant: constant)
-        total = agent.world.loss(rows(discrete), agent.noise(B, CPU)["post"])[0]
+        total = agent.world.loss(rows(discrete))[0]
     total.backward()
     assert reached(agent) == set(TABLE[loss].split())
 
@@ -402,7 +412,7 @@ def test_each_optimizer_moves_its_own_parameters(discrete, grad):
     agent = small_agent(discrete, actor_grad=grad, adam_eps=1e-12, weight_decay=1e-9, grad_clip=50.0, **rates)
     optimizer, batch = v2.Optimizers(agent, agent.args), rows(discrete)
     assert {(part.eps, part.decay, part.clip) for part in optimizer.parts.values()} == {(1e-12, 1e-9, 50.0)}
-    loss = dict(model=lambda: agent.world.loss(batch, agent.noise(B, CPU)["post"])[0],
+    loss = dict(model=lambda: agent.world.loss(batch)[0],
                 actor=lambda: dream(agent)["policy"], critic=lambda: dream(agent)["value"])
     for part, prefix in dict(model="world.", actor="behaviour.actor.", critic="behaviour.critic.").items():
         before = {k: v.detach().clone() for k, v in agent.named_parameters()}
@@ -420,17 +430,19 @@ def test_one_update(monkeypatch):
     losses, moves = spy(monkeypatch, agent.world, "loss"), spy(monkeypatch, agent.behaviour, "loss")
     steps = {name: spy(monkeypatch, part, "step") for name, part in optimizer.parts.items()}
     dreams = spy(monkeypatch, agent.behaviour, "imagine")
+    noise = use_noise(agent)
     v2.train_step(agent, optimizer, replay_of(batch), B, coefs)
-    ((_, noise), (model, _, _)), = losses
-    ((_, post, terminal, _, noise_stoch, given), (behaviour, _)), = moves
+    (_, (model, _, _)), = losses
+    ((_, post, used, given), (behaviour, _)), = moves
     found = {name: calls[0][0][0].item() for name, calls in steps.items()}
     assert found == dict(model=model.item(), actor=behaviour["policy"].item(), critic=behaviour["value"].item())
-    assert torch.equal(terminal, batch["is_terminal"]) and torch.equal(given, coefs)
-    assert torch.equal(post["deter"], old.world.loss(batch, noise)[1]["deter"])
+    assert torch.equal(used["is_terminal"], batch["is_terminal"]) and torch.equal(given, coefs)
+    old.world.rssm.noise = agent.world.rssm.noise
+    assert torch.equal(post["deter"], old.world.loss(batch)[1]["deter"])
     (feat, action), = [result for _, result in dreams]
     start, made = [post[k].flatten(0, 1) for k in ("deter", "stoch")], []
     for rssm in (agent.world.rssm, old.world.rssm):
-        made.append(rssm.imagine_step(rssm.scan_weights(torch.float32), *start, action[0], noise_stoch[0])[0])
+        made.append(rssm.imagine_step(rssm.scan_weights(torch.float32), *start, action[0], noise["prior"][0])[0])
     assert torch.equal(feat[0], torch.cat(start, -1)) and torch.allclose(feat[1, :, :8], made[0], atol=1e-6)
     assert not torch.allclose(feat[1, :, :8], made[1], atol=1e-3)
 
@@ -438,13 +450,12 @@ def test_one_update(monkeypatch):
 def test_naive_update_is_the_same():
     """The version that the benchmark runs for comparison: same losses and same gradients."""
     agent, batch, coefs = small_agent(), rows(), torch.tensor([1e-2, 0.9], dtype=F64)
-    noise = {k: x.double() for k, x in agent.noise(B, CPU).items()}
+    noise = use_noise(agent)
     naive, world, behaviour = NaiveUpdate(agent, None), agent.world, agent.behaviour
-    total, post, metrics = world.loss(batch, noise["post"])
+    total, post, metrics = world.loss(batch)
     plain, parts, feat = naive.world_loss(batch, noise["post"])
-    terminal = batch["is_terminal"]
-    ours, _ = behaviour.loss(world, post, terminal, noise["action"], noise["prior"], coefs)
-    theirs = naive.behaviour_losses(feat, terminal, noise, coefs)
+    ours, _ = behaviour.loss(world, post, batch, coefs)
+    theirs = naive.behaviour_losses(feat, batch["is_terminal"], noise, coefs)
     assert relative(torch.cat([post["deter"], post["stoch"]], -1), feat) < 1e-12
     assert all(relative(metrics[f"losses/{name}"], loss.detach()) < 1e-12 for name, loss in parts.items())
     for a, b, net in ((total, plain, world), (ours["policy"], theirs["policy"], behaviour.actor),
@@ -519,7 +530,7 @@ def test_slow_critic_is_copied_after_updates_1_and_101():
 
 def test_slow_critic_moves_by_its_rate_after_a_first_full_copy():
     agent = v2.Agent({"image": (64, 64, 1)}, A, True, replace(v2.Args(), **SMALL, slow_rate=0.25, slow_every=2))
-    online, slow = agent.behaviour.critic[1].weight, agent.behaviour.slow_critic[1].weight
+    online, slow = agent.behaviour.critic[-1].weight, agent.behaviour.slow_critic[-1].weight
     for share in (1.0, 0.0, 0.25, 0.0, 0.25):
         online.data.normal_()
         wanted = (1 - share) * slow + share * online.detach()
@@ -561,7 +572,8 @@ def test_parameter_counts_equal_the_official_ones(preset, channels, actions, dis
 def test_initialisation_is_that_of_keras():
     """Uniform up to sqrt(6 / (inputs + outputs)), kernel positions counted in both; no bias; norm 1 and 0."""
     torch.manual_seed(0)
-    layers = {v2.Linear(300, 200): (300, 200), v2.Conv(48, 64, 4): (768, 1024), v2.UpConv(64, 48, 5): (1600, 1200)}
+    layers = {v2.Linear(300, 200): (300, 200), v2.init(nn.Conv2d(48, 64, 4)): (768, 1024),
+              v2.init(nn.ConvTranspose2d(64, 48, 5)): (1600, 1200)}
     for layer, (fan_in, fan_out) in layers.items():
         weight, bound = layer.weight.detach(), math.sqrt(6 / (fan_in + fan_out))
         assert 0.999 * bound < weight.abs().max() <= bound and not layer.bias.any()
@@ -569,8 +581,13 @@ def test_initialisation_is_that_of_keras():
     agent = v2.Agent({"image": (64, 64, 1)}, A, True, replace(v2.Args(), **SMALL))
     norm = agent.world.rssm.gru_norm
     assert (norm.weight == 1).all() and not norm.bias.any()
-    plain = {type(m) for m in agent.modules() if list(m.parameters(recurse=False))}
-    assert plain == {v2.Linear, v2.Conv, v2.UpConv, nn.LayerNorm}, "each layer is one of these"
+    layers = [m for m in agent.modules() if list(m.parameters(recurse=False))]
+    assert {type(m) for m in layers} == {v2.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm}
+    for layer in layers:
+        if layer is not norm:
+            _, inputs, *kernel = layer.weight.shape
+            bound = math.sqrt(6 / (math.prod(kernel) * (layer.weight.shape[0] + inputs)))
+            assert layer.weight.abs().max() <= bound and not layer.bias.any(), "torch's own would have a bias"
 
 
 def plain_cell(rssm, x, deter):
@@ -633,7 +650,7 @@ def naive_observe(rssm, tokens, action, first, deter, stoch, noise):
         keep = (~reset)[:, None].double()
         deter, stoch, act = deter * keep, stoch * keep, act * keep
         deter = plain_cell(rssm, F.elu(rssm.img_in(torch.cat([stoch, act], -1))), deter)
-        logits = rssm.post_out(F.elu(rssm.post_hid(torch.cat([deter, token], -1)))).view(-1, rssm.stoch, rssm.classes)
+        logits = rssm.post_out(rssm.post_hid(torch.cat([deter, token], -1))).view(-1, rssm.stoch, rssm.classes)
         probs = logits.softmax(-1)
         sample = F.one_hot((probs / e).argmax(-1), rssm.classes) + probs - probs.detach()
         stoch = sample.flatten(1)
@@ -644,7 +661,8 @@ def naive_observe(rssm, tokens, action, first, deter, stoch, noise):
 def test_hoisted_observe_equals_the_plain_scan():
     rssm, leaves, first, noise = rssm_case()
     tokens, action, deter, stoch = leaves
-    ours = rssm.observe(tokens, action, first, deter, stoch, noise)
+    rssm.noise = lambda *lead: noise
+    ours = rssm.observe(tokens, action, first, deter, stoch)
     plain = naive_observe(rssm, tokens, action, first, deter, stoch, noise)
     assert max(map(relative, ours, plain)) < 1e-12
     assert max(map(relative, gradients(rssm, leaves, ours), gradients(rssm, leaves, plain))) < 1e-12
@@ -654,18 +672,18 @@ def test_hoisted_observe_equals_the_plain_scan():
 def test_a_dream_is_made_of_prior_steps(discrete):
     """Actions come from the policy in the state before them, without gradient to that state; latents from the prior."""
     agent = small_agent(discrete)
-    rssm, behaviour, noise = agent.world.rssm, agent.behaviour, agent.noise(B, CPU)
+    rssm, behaviour, noise = agent.world.rssm, agent.behaviour, use_noise(agent)
     deter, stoch = rand(T * B, 8), F.one_hot(torch.randint(5, (T * B, 4)), 5).flatten(1).double()
-    feat, action = behaviour.imagine(rssm, deter, stoch, noise["action"], noise["prior"])
+    feat, action = behaviour.imagine(rssm, deter, stoch)
     feats, actions = [torch.cat([deter, stoch], -1)], []
     for e, u in zip(noise["prior"], noise["action"]):
-        actions.append(behaviour.policy(feats[-1].detach()).sample(u))
+        actions.append(behaviour.sample(feats[-1].detach(), u))
         deter = plain_cell(rssm, F.elu(rssm.img_in(torch.cat([stoch, actions[-1]], -1))), deter)
-        probs = rssm.prior_head(deter).view(-1, 4, 5).softmax(-1)
+        probs = rssm.prior(deter).softmax(-1)
         stoch = (F.one_hot((probs / e).argmax(-1), 5) + probs - probs.detach()).flatten(1)
         feats.append(torch.cat([deter, stoch], -1))
     assert relative(feat, torch.stack(feats)) < 1e-12 and relative(action, torch.stack(actions)) < 1e-12
-    weight, params = rand(*feat.shape), [*behaviour.actor.parameters(), *rssm.prior_head.parameters()]
+    weight, params = rand(*feat.shape), [*behaviour.actor.parameters(), *rssm.prior.parameters()]
     for a, b in zip(*(torch.autograd.grad((weight * x).sum(), params) for x in (feat, torch.stack(feats)))):
         assert relative(a, b) < 1e-10
 
@@ -685,14 +703,15 @@ def test_acting_is_observing(discrete):
         before, state = state, agent.act(row, state)
         torch.manual_seed(t)  # the same draws again: posterior first, then the action
         noise[t].exponential_()
-        policy_noise.append(agent.behaviour.noise(envs, device=CPU))
+        policy_noise.append(agent.behaviour.noise(envs))
         seen = (torch.as_tensor(row[k]) for k in ("image", "is_first"))
         kept.append([*seen, before["action"], state["deter"], state["stoch"], state["action"]])
     image, first, previous, deter, stoch, action = map(torch.stack, zip(*kept))
     with torch.no_grad():
         zero = agent.initial(envs, CPU)
-        h, z, _ = rssm.observe(agent.world.encoder(image), previous, first, zero["deter"], zero["stoch"], noise)
-        chosen = agent.behaviour.policy(torch.cat([h, z], -1)).sample(torch.stack(policy_noise))
+        rssm.noise = lambda *lead: noise
+        h, z, _ = rssm.observe(agent.world.encoder(image), previous, first, zero["deter"], zero["stoch"])
+        chosen = agent.behaviour.sample(torch.cat([h, z], -1), torch.stack(policy_noise))
     assert relative(deter, h) < 1e-12 and torch.equal(stoch, z) and relative(action, chosen) < 1e-10
     assert len(action.flatten(0, 1).unique(dim=0)) > 1, "the actions differ, so that the comparison says something"
 
@@ -707,8 +726,9 @@ def test_evaluation_takes_the_mode_of_the_policy_and_samples_the_latent(discrete
     for training in (True, False):
         state = agent.train(training).act(row, agent.initial(envs, CPU))
         assert len(state["stoch"].unique(dim=0)) > 1, "the latent is sampled"
-        raw = agent.behaviour.actor(torch.cat([state["deter"], state["stoch"]], -1))
-        mode = F.one_hot(raw.argmax(-1), A).double() if discrete else raw[:, :A].tanh()
+        hidden, out, *_ = agent.behaviour.actor
+        raw = out(hidden(torch.cat([state["deter"], state["stoch"]], -1)))
+        mode = F.one_hot(raw.argmax(-1), A).double() if discrete else raw.tanh()
         seen[training] = torch.isclose(state["action"], mode).all(-1)
     assert seen[False].all() and not seen[True].all()
 

@@ -43,7 +43,7 @@ def choices() -> list:
             literal = typing.get_origin(hint) is typing.Literal
             values = (False, True) if hint is bool else typing.get_args(hint) if literal else ()
             found += [pytest.param(name, field, value, id=f"{name}-{field}={value}") for value in values
-                      if field != "eval_only" and value not in (*BIG, "cuda")]
+                      if value not in (*BIG, "cuda")]
     return found
 
 
@@ -83,7 +83,7 @@ def test_every_size_builds(name):
 
 @each_script
 @pytest.mark.parametrize("flags", [
-    dict(device="cuda"), dict(device="mps"), dict(device="gpu"), dict(buffer_device="cuda")], ids=str)
+    dict(device="cuda"), dict(device="mps"), dict(device="gpu")], ids=str)
 def test_absent_devices(name, flags, tmp_path, capfd):
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("about machines without an accelerator")
@@ -99,9 +99,9 @@ ENVIRONMENTS = {
     "vectors": dict(env_id="ShortCart-v0"),
     "vectors, continuous": dict(env_id="ShortPendulum-v0"),
     "images and vectors": dict(env_id="RenderedDict-v0"),
-    "Atari, gray, all actions, sticky": dict(
-        env_id="ALE/Pong-v5", grayscale=True, full_action_space=True, sticky_actions=0.25, num_envs=2,
-        total_timesteps=28, learning_starts=18),
+    "Atari, sticky": dict(
+        env_id="ALE/Pong-v5", sticky_actions=0.25, num_envs=2, total_timesteps=28, learning_starts=18),
+    "Atari, gray, all actions": dict(env_id="ALE/Pong-v5", grayscale=True, full_action_space=True),
     "action repeat": dict(env_id="envs:Track-v0", action_repeat=3, total_timesteps=23, learning_starts=20),
     "three environments": dict(num_envs=3, total_timesteps=42, learning_starts=27),
 }
@@ -154,29 +154,20 @@ def test_names_of_observations(name, tmp_path):
 
 
 @each_script
-def test_evaluation_only(name, tmp_path, capsys):
-    """--eval-only plays with checkpoint.pt, from the run directory or the file, and trains nothing."""
-    run = tiny.run(name, tmp_path / "run", **short(name))
+def test_evaluation_of_a_run_that_has_ended(name, tmp_path, capsys):
+    """--resume plays with its checkpoint, at the step of the checkpoint, and trains nothing."""
+    run, steps = tiny.run(name, tmp_path / "run", **short(name)), short(name)["total_timesteps"]
     before = {path: path.stat().st_mtime_ns for path in run.glob("*.pt")}
-    for number, checkpoint in enumerate((run, run / "checkpoint.pt")):
+    for episodes in (2, 3):
         script = load(name)
-        argv = ["--eval-only", f"--checkpoint={checkpoint}", f"--eval-episodes={2 + number}"]
-        script.main(script.parse_args(argv))
-        assert f"{2 + number} episodes" in capsys.readouterr().out
+        script.main(script.parse_args([f"--resume={run}", f"--eval-episodes={episodes}"]))
+        assert f"evaluation at step {steps}, {episodes} episodes" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.glob("*.pt")} == before
-    assert list(run.glob("videos/play*.gif"))
-    assert [step for step, _ in tiny.events(run)[0]["eval/episodic_return"]] == 2 * [
-        short(name)["total_timesteps"]], "the step of the checkpoint"
-
-
-@each_script
-def test_evaluation_needs_a_policy(name, capsys):
-    with pytest.raises(SystemExit) as end:
-        load(name).parse_args(["--eval-only"])
-    assert end.value.code == 2 and "--checkpoint" in capsys.readouterr().err
+    assert [step for step, _ in tiny.events(run)[0]["eval/episodic_return"]] == 2 * [steps]
 
 
 @each_script
 def test_no_evaluation_episodes(name, tmp_path):
     """--eval-episodes 0 switches evaluation off, also the periodic one."""
-    assert updates(tiny.run(name, tmp_path / "run", **{**short(name), "eval_every": 5})) > 0
+    run = tiny.run(name, tmp_path / "run", **{**short(name), "eval_every": 5})
+    assert updates(run) > 0 and "eval/episodic_return" not in tiny.events(run)[0]

@@ -114,8 +114,8 @@ def test_gru(dtype, monkeypatch):
 def test_straight_through(dtype):
     logits = given("st_logits", dtype).requires_grad_()
     noise = force(onehot(given("st_index"), 5)).to(dtype)
-    samples = v2.Categorical(logits).sample(noise), v2.sample_onehot(logits.softmax(-1), noise)
-    for sample in samples:
+    for probs in (logits.log_softmax(-1).exp(), logits.softmax(-1)):  # of actions, of latents
+        sample = v2.sample_onehot(probs, noise)
         assert torch.equal(sample.detach().double(), expected("st_sample"))
         grad, = torch.autograd.grad((given("st_cotangent", dtype) * sample).sum(), logits)
         close(grad, "st_grad", TOLERANCE[dtype])
@@ -129,7 +129,7 @@ def test_truncated_normal(dtype):
     for policy in (official, exact):
         close(policy.mean[:, 0], "trunc_mean", TOLERANCE[dtype])
         close(policy.std[:, 0], "trunc_std", TOLERANCE[dtype])
-        close(policy.mode()[:, 0], "trunc_mode", TOLERANCE[dtype])
+        close(policy.mean[:, 0], "trunc_mode", TOLERANCE[dtype])  # as Behaviour.sample in evaluation
         close(policy.log_prob(given("trunc_x", dtype)[:, None]), "trunc_logp", TOLERANCE[dtype])
         close(policy.entropy(), "trunc_entropy", TOLERANCE[dtype])
         x, weight = torch.tensor(np.array(np.polynomial.legendre.leggauss(50)), dtype=dtype)[..., None]
@@ -176,15 +176,15 @@ def layers_of(world, behaviour):
     found.update({f"encoder.conv{i}": (layer, conv) for i, layer in enumerate(world.encoder.convs)})
     found.update({f"decoder.conv{i}": (layer, conv) for i, layer in enumerate(world.decoder.convs)})
     found["decoder.convin"] = world.decoder.dense, on_feature
-    for name, layer in dict(img_in=rssm.img_in, gru=rssm.gru, img_out_0=rssm.prior_head[0][0], obs_dist=rssm.post_out,
-                            img_dist_0=rssm.prior_head[1], obs_out=rssm.post_hid).items():
+    for name, layer in dict(img_in=rssm.img_in, gru=rssm.gru, img_out_0=rssm.prior[0], obs_dist=rssm.post_out,
+                            img_dist_0=rssm.prior[2], obs_out=rssm.post_hid[0]).items():
         found[f"rssm.{name}"] = layer, linear
     heads = dict(reward=world.reward, discount=world.discount, actor=behaviour.actor, critic=behaviour.critic,
                  slow=behaviour.slow_critic)
     for name, net in heads.items():
         if net is not None:
-            found[f"{name}.dense0"], found[f"{name}.dense1"] = (net[0][0], on_feature), (net[0][2], linear)
-            outs = net[1] if isinstance(net[1], v2.Parallel) else [net[1]]
+            hidden, outs = (net[0], net[1:]) if name == "actor" else (net[:-1], net[-1:])
+            found[f"{name}.dense0"], found[f"{name}.dense1"] = (hidden[0], on_feature), (hidden[2], linear)
             found.update({f"{name}.out.{out}": (layer, linear) for out, layer in zip(("out", "std"), outs)})
     return found
 
@@ -258,7 +258,8 @@ def test_world_model(domain, monkeypatch):
     batch, noise = rows(domain), posterior_noise(domain)
     encoded, kls = spy(monkeypatch, world.encoder, "forward"), spy(monkeypatch, v2, "kl_losses")
     likes, entropies = spy(monkeypatch, v2, "normal_nll"), spy(monkeypatch, v2.F, "binary_cross_entropy_with_logits")
-    loss, post, metrics = world.loss(batch, noise)
+    monkeypatch.setattr(world.rssm, "noise", lambda *lead: noise)
+    loss, post, metrics = world.loss(batch)
 
     assert torch.equal(post["stoch"].unflatten(-1, (STOCH, CLASSES)), (noise < 1).double())
     close(batch_first(post["deter"]), f"{domain}_deter")
@@ -295,16 +296,19 @@ def test_actor_and_critic(case, monkeypatch):
     domain = "atari" if case.startswith("atari") else "dmc_vision"
     args, world, behaviour, params = build(domain, **VARIANTS[case])
     batch = rows(domain)
-    _, post, _ = world.loss(batch, posterior_noise(domain))
+    monkeypatch.setattr(world.rssm, "noise", lambda *lead: posterior_noise(domain))
+    _, post, _ = world.loss(batch)
     latents = our_dreams(onehot(given(f"{domain}_idx_imag"), CLASSES))
     if domain == "atari":
         noise = force(our_dreams(onehot(given("atari_idx_action"), 3)))
     else:
         noise = our_dreams(given("dmc_vision_u_action"))
+    monkeypatch.setattr(world.rssm, "noise", lambda *lead: force(latents))
+    monkeypatch.setattr(behaviour, "noise", lambda *lead: noise)
     coefs = torch.tensor([v2.schedule(args.ent_coef, 0), v2.schedule(args.rho, 0)], dtype=F64)
     dreams, policies = spy(monkeypatch, behaviour, "imagine"), spy(monkeypatch, behaviour, "policy")
     returns, values = spy(monkeypatch, v2, "lambda_return"), spy(monkeypatch, behaviour.critic, "forward")
-    losses, metrics = behaviour.loss(world, post, batch["is_terminal"], noise, force(latents), coefs)
+    losses, metrics = behaviour.loss(world, post, batch, coefs)
     close(losses["policy"], f"{case}_actor_loss")
     close(losses["value"], f"{case}_critic_loss")
     close_gradient_norms(losses["policy"], params, case, "actor")
@@ -325,7 +329,8 @@ def test_actor_and_critic(case, monkeypatch):
     grad, = torch.autograd.grad(losses["value"], value)
     weight = (grad[..., 0] * target.numel() / (value[..., 0] - target)).detach()
     close(official_dreams(torch.cat([weight, weight[-1:] * discount[-2:-1]])), f"{case}_seq_weight")
-    close(official_dreams(policies[-1][1].entropy()), f"{case}_policy_entropy")
+    policy = policies[-1][1]
+    close(official_dreams(v2.entropy(policy) if domain == "atari" else policy.entropy()), f"{case}_policy_entropy")
     for ours, name in ((reward.mean(), "reward_mean"), (reward.std(correction=0), "reward_std"),
                        (metrics["ac/imag_reward"], "reward_normed_mean"),  # divided by 1 + 1e-8 in the official code
                        (reward.std(correction=0), "reward_normed_std"), (metrics["ac/slow_value"], "critic_slow"),

@@ -471,7 +471,7 @@ def test_imagine(dreamer, monkeypatch):
     agent, steps, dreams, init = dreamer.agent, watch_dreams(monkeypatch), [], iris.Dream.__init__
     monkeypatch.setattr(iris.Dream, "__init__", lambda self, *args: dreams.append(self) or init(self, *args))
     noise = greedy(agent.world, 2, 20)
-    out = agent.behaviour.imagine(agent.tokenizer, agent.world, dreamer.recon, dreamer.mask, dreamer.tokens, noise)
+    out = agent.dream(dict(noise, recon=dreamer.recon, mask=dreamer.mask, tokens=dreamer.tokens))
     dream, world = dreams[0], agent.world
     with torch.no_grad():
         action = world.action(out["action"][-1])[:, None]
@@ -508,7 +508,7 @@ def test_imagine_beyond_the_context(dreamer, monkeypatch):
     """Horizon 23: after 19 steps the memory is cut down to one frame."""
     agent, steps = dreamer.agent, watch_dreams(monkeypatch)
     noise = greedy(agent.world, 2, 23)
-    out = agent.behaviour.imagine(agent.tokenizer, agent.world, dreamer.recon, dreamer.mask, dreamer.tokens, noise)
+    out = agent.dream(dict(noise, recon=dreamer.recon, mask=dreamer.mask, tokens=dreamer.tokens))
     _, value, _ = agent.behaviour(out["frames"], (out["hidden"], out["cell"]))
     same(out["action"].T, "imagine/actions_h23")
     close(value.T, "imagine/values_h23", 1e-3)
@@ -526,7 +526,9 @@ def test_resize():
     raw = np.floor(256 * uniforms(seed, 4 * 210 * 160 * 3)).astype(np.uint8).reshape(4, 210, 160, 3)
     raw = raw[:, ::7, ::5].repeat(7, 1).repeat(5, 2)
     assert np.array_equal(raw[:, ::70, ::50], expected("env/raw_check").numpy())
-    small = iris.resize(raw[2:], 64).astype(int)
+    envs, zero = object.__new__(iris.Envs), np.zeros(2)
+    vars(envs).update(size=64, atari=True, images=["obs"], vectors=[], over=zero > 0, ret=zero, length=zero)
+    small = envs._row(raw[2:, None], zero, zero > 0, zero > 0)["image"].astype(int)
     for ours, name in (small[1], "env/resized_last"), (small.max(0), "env/max_of_last_two_resized"):
         assert np.abs(ours - expected(name).numpy()).max() <= 1, name
 

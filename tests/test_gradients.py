@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import load
 
+SCRIPT = load("dreamer_v3")
 SHAPES = {"image": (16, 16, 3), "vector": (5,)}
 SMALL = -3 * torch.linspace(-20, 20, 255).abs()  # two-hot logits that favour bins near zero
 
@@ -60,9 +61,9 @@ def optimizer_of(m, agent, lr=4e-5, warmup=0):
 
 def all_losses(agent, batch):
     """Every loss before its mean, from one forward pass."""
-    noise = agent.noise(batch["reward"].shape[1], torch.device("cpu"))
-    losses, post, _ = agent.world.loss(batch, noise["post"])
-    return losses | agent.behaviour.loss(agent.world, post, batch, noise["action"], noise["prior"])[0]
+    rows, context = SCRIPT.split_context(batch)
+    losses, post, _ = agent.world.loss(rows, context)
+    return losses | agent.behaviour.loss(agent.world, post, rows)[0]
 
 
 def has_gradient(module):
@@ -97,7 +98,7 @@ def test_total_gradient_is_the_weighted_sum(m):
     agent = tiny(m, beta_dyn=0.7, beta_rep=0.2, beta_repval=0.4)
     params, batch = [p for p in agent.parameters() if p.requires_grad], random_rows(agent)
     torch.manual_seed(1)
-    agent.loss(batch, agent.noise(3, torch.device("cpu")))[0].backward()
+    agent.loss(batch)[0].backward()
     torch.manual_seed(1)
     losses = all_losses(agent, batch)
     wanted = torch.autograd.grad(sum(scales[k] * v.mean() for k, v in losses.items()), params)
@@ -112,7 +113,7 @@ def test_kl_sides(m):
     for loss, trains_prior in (("dyn", True), ("rep", False)):
         agent.zero_grad()
         all_losses(agent, random_rows(agent))[loss].mean().backward()
-        assert has_gradient(agent.world.rssm.prior_head) == trains_prior, loss
+        assert has_gradient(agent.world.rssm.prior) == trains_prior, loss
     post, prior = (torch.randn(1, 1, 4, 3, requires_grad=True) for _ in range(2))
     dyn, rep, _ = m.kl_losses(post, prior, 0.01, 0.0)
     for loss, trained in ((dyn, prior), (rep, post)):
@@ -148,17 +149,17 @@ def test_dream_leaves_the_world_model_alone(m):
     before = {k: v.clone() for k, v in agent.state_dict().items()}
     all_losses(agent, batch)
     changed = {k for k, v in agent.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {"behaviour.return_norm.percentiles"}
-    noise, rssm = agent.noise(1, torch.device("cpu")), agent.world.rssm
+    assert changed == {"behaviour.percentiles"}
+    rssm = agent.world.rssm
     deter, stoch = torch.randn(6, rssm.deter, requires_grad=True), torch.randn(6, rssm.stoch * rssm.classes)
-    feat, action = agent.behaviour.imagine(rssm, deter, stoch, noise["action"], noise["prior"])
+    feat, action = agent.behaviour.imagine(rssm, deter, stoch)
     assert not feat.requires_grad and not action.requires_grad
 
 
 @V3
 def test_slow_critic_has_no_gradient(m):
     agent = tiny(m)
-    total, post, _ = agent.loss(random_rows(agent), agent.noise(3, torch.device("cpu")))
+    total, post, _ = agent.loss(random_rows(agent))
     total.backward()
     assert all(p.grad is None and not p.requires_grad for p in agent.behaviour.slow_critic.parameters())
     untrained = [n for n, p in agent.named_parameters() if "slow_critic" not in n and p.grad is None]
@@ -167,21 +168,26 @@ def test_slow_critic_has_no_gradient(m):
 
 
 def dream(m, seed=0):
-    """Arguments of `imagination_losses` for N = 4 dreams of H = 5 steps, and the logits as leaves."""
+    """A loss function of the policy's and critic's logits, slow logits, reward and continue of N = 4 dreams of H = 5
+    steps, and these arguments; the logits are leaves."""
     torch.manual_seed(seed)
     agent = tiny(m)
     logits, value = torch.randn(5, 4, 3, requires_grad=True), (torch.randn(6, 4, 255) + SMALL).requires_grad_()
     action = torch.eye(3)[torch.randint(3, (5, 4))]
-    return agent.behaviour, logits, value, action, torch.randn(6, 4), torch.randn(6, 4), torch.rand(6, 4)
+    slow = torch.randn(6, 4, 255) + SMALL
+
+    def losses(logits, *predictions):
+        return agent.behaviour.imagination_losses(m.log_unimix(logits, 0.01), action, *predictions)[0]
+    return losses, logits, value, slow, torch.randn(6, 4), torch.rand(6, 4)
 
 
 @V3
 def test_dream_from_a_terminal_state_teaches_nothing(m):
     """w_0 = c_0: policy and value loss and their gradients are exactly zero; later weights are products from c_0 on."""
-    behaviour, logits, value, action, slow, reward, cont = dream(m)
+    loss, logits, value, slow, reward, cont = dream(m)
     cont[0, 1] = 0  # dream 1 starts dead
     cont[2, 2] = 0  # dream 2 dies in its third state
-    losses, _, _ = behaviour.imagination_losses(m.Categorical(logits, 0.01), action, value, slow, reward, cont)
+    losses = loss(logits, value, slow, reward, cont)
     alive = torch.ones(5, 4, dtype=torch.bool)
     alive[:, 1] = alive[2:, 2] = False
     (losses["policy"] + losses["value"]).sum().backward()
@@ -190,7 +196,7 @@ def test_dream_from_a_terminal_state_teaches_nothing(m):
     assert not value.grad[-1].any(), "the last imagined state is only a target"
     # the weight itself: losses are proportional to it, and it begins with c_0
     cont[0] /= 2
-    half, _, _ = behaviour.imagination_losses(m.Categorical(logits, 0.01), action, value, slow, reward, cont)
+    half = loss(logits, value, slow, reward, cont)
     for k in losses:
         torch.testing.assert_close(half[k], losses[k] / 2)
 
@@ -198,12 +204,12 @@ def test_dream_from_a_terminal_state_teaches_nothing(m):
 @V3
 def test_targets_of_actor_and_critic_are_constants(m):
     """policy reaches only the policy's logits, value only the value's: advantage, return, slow value are constants."""
-    behaviour, logits, value, action, slow, reward, cont = dream(m)
+    loss, logits, value, slow, reward, cont = dream(m)
     inputs = [x.requires_grad_() for x in (logits, value, slow, reward)]
-    losses, _, _ = behaviour.imagination_losses(m.Categorical(logits, 0.01), action, value, slow, reward, cont)
-    for loss, only in (("policy", 0), ("value", 1)):
-        got = torch.autograd.grad(losses[loss].sum(), inputs, allow_unused=True, retain_graph=True)
-        assert [g is not None and bool(g.any()) for g in got] == [i == only for i in range(4)], loss
+    losses = loss(logits, value, slow, reward, cont)
+    for name, only in (("policy", 0), ("value", 1)):
+        got = torch.autograd.grad(losses[name].sum(), inputs, allow_unused=True, retain_graph=True)
+        assert [g is not None and bool(g.any()) for g in got] == [i == only for i in range(4)], name
 
 
 @V3
@@ -211,10 +217,12 @@ def test_replay_critic_at_episode_ends(m):
     """A truncated row has weight 0, the row before it bootstraps from the dream there; a terminal row gives nothing."""
     agent, (T, B) = tiny(m), (5, 3)
     behaviour, gamma, lam = agent.behaviour, agent.args.gamma, agent.args.lam
-    logits, slow, boot, reward = torch.randn(T, B, 255, requires_grad=True), *torch.randn(3, T, B)
+    logits, slow = torch.randn(T, B, 255, requires_grad=True), torch.randn(T, B, 255)
+    boot, reward = torch.randn(2, T, B)
     last, terminal = torch.zeros(2, T, B, dtype=torch.bool)
     last[2, 0] = last[2, 1] = terminal[2, 1] = True  # column 0 truncated, 1 terminated, 2 goes on
-    loss, ret = behaviour.replay_losses(logits, slow, boot, reward, last, terminal)
+    loss, ret = behaviour.replay_loss(
+        logits, slow, boot, dict(reward=reward, is_last=last, is_terminal=terminal))
     assert loss.shape == ret.shape == (T - 1, B)
     torch.testing.assert_close(ret[1, 0], reward[2, 0] + gamma * boot[2, 0])
     torch.testing.assert_close(ret[1, 1], reward[2, 1])

@@ -1,5 +1,6 @@
 """The docstring's index diagram, by environments whose observations tell their step and the action that led there."""
 import itertools
+from unittest import mock
 
 import gymnasium
 import numpy as np
@@ -36,7 +37,7 @@ def play(folder, name, env_id, num_envs):
     envs = m.make_envs(args, 1, 0)
     specs = m.replay_specs(envs.shapes, m.Agent(envs.shapes, envs.action_dim, envs.discrete, args), args)
     place = specs, saved["capacity"], num_envs, torch.device("cpu"), folder / "replay0"
-    count, size = saved["replay"]["rows"], saved["replay"]["size"]
+    count, size = saved["replay"]["rows"], min(saved["replay"]["rows"], saved["capacity"])
     # resetting rows are not steps, so that a ring may have wrapped around: put the rows into their order
     order = np.arange(count - size, count) % saved["capacity"]
     rows = {k: v[order].numpy() for k, v in m.Storage(*place, new=False).data.items()}
@@ -111,8 +112,8 @@ def test_training_sequences(played):
         replay = m.SequenceReplay(*place, new=False)
         replay.load_state_dict(saved["replay"])
         batch, index = replay.sample(200, 9)
-        carry, obs = m.split_context(batch)
-        action = carry["action"]
+        obs, carry = m.split_context(batch)
+        action = carry["prev_action"]
         assert action.shape[:2] == obs["reward"].shape == (8, 200)
         assert torch.equal(obs["is_first"], observed(obs)[0] == 0)
         assert torch.equal(obs["is_terminal"], batch["is_terminal"][1:])
@@ -146,26 +147,28 @@ def test_acting_is_observing(name, discrete):
         before, state = state, agent.act(row, state)
         torch.manual_seed(t)  # the same draws again: posterior first, then the action
         post_noise[t].exponential_()
-        policy_noise.append(agent.behaviour.noise(envs, device=device))
+        policy_noise.append(agent.behaviour.noise(envs))
         rows.append({**{k: torch.as_tensor(v) for k, v in row.items()}, **state, "previous": before["action"]})
     rows = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(rssm, "noise", lambda *_: post_noise):
         deter, stoch, _ = rssm.observe(
             agent.world.encoder(rows["image"]), rows["previous"], rows["is_first"],
-            *(torch.full_like(rows[k][0], 9.0) for k in ("deter", "stoch")), post_noise)  # is_first must clear them
-        policy = agent.behaviour.policy(torch.cat([deter, stoch], -1))
+            *(torch.full_like(rows[k][0], 9.0) for k in ("deter", "stoch")))  # is_first must clear them
+        feat = torch.cat([deter, stoch], -1)
+        action, policy = agent.behaviour.sample(feat, torch.stack(policy_noise)), agent.behaviour.policy(feat)
     torch.testing.assert_close(deter, rows["deter"], rtol=1e-4, atol=1e-5)
     assert torch.equal(stoch, rows["stoch"])
-    torch.testing.assert_close(policy.sample(torch.stack(policy_noise)), rows["action"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(action, rows["action"], rtol=1e-4, atol=1e-5)
     assert len(rows["action"].unique(dim=0)) > 3  # the actions differ, so the comparison says something
 
+    mode = torch.eye(3)[policy.argmax(-1)] if discrete else policy.mean
     agent.eval()
     torch.manual_seed(steps - 1)
     last = {k: v[-1].numpy() for k, v in rows.items()}
     greedy = agent.act(last, {k: rows[k][-2] for k in state})
-    torch.testing.assert_close(greedy["action"], policy.mode()[-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(greedy["action"], mode[-1], rtol=1e-4, atol=1e-5)
     assert torch.equal(greedy["stoch"], rows["stoch"][-1]), "in evaluation too the latent is sampled"
-    assert not torch.allclose(policy.mode()[-1], rows["action"][-1])
+    assert not torch.allclose(mode[-1], rows["action"][-1])
 
 
 @pytest.mark.parametrize("name", [path.stem for path in SCRIPTS if tiny.has(path.stem, "train_every")])

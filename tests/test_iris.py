@@ -45,6 +45,12 @@ def new_replay(image, rows, envs):
     return replay
 
 
+def episodes(replay) -> list[list[int]]:
+    """[first row, frames, environment] of each."""
+    replay.refresh()
+    return replay.table.tolist()
+
+
 def filled_replay(envs=2, rows=60, ends=0.2, image=(32, 32, 3)):
     """Random rows; each action may end its episode, and the row after an end only resets."""
     rng = np.random.default_rng(0)
@@ -421,7 +427,7 @@ def imagine(a, tokens, mask, draws):
     """A batch of dreams that begin after these real tokens (T,B,K)."""
     with torch.no_grad():
         recon = torch.stack([a.tokenizer.decode(step) for step in tokens])
-    return a.behaviour.imagine(a.tokenizer, a.world, recon, mask, tokens[-1], draws)
+    return a.dream(dict(draws, recon=recon, mask=mask, tokens=tokens[-1]))
 
 
 def literal_dream(a, tokens, mask, noise):
@@ -613,7 +619,7 @@ def test_uniform_over_episodes():
     for t in range(100):
         row = dict(image=np.full((1, 1), t), is_last=[False])
         replay.add(row, np.zeros(1), dict(reward=np.zeros(1), is_last=np.array([t == 0])))
-    assert replay.episodes == [[0, 1, 0], [1, 99, 0]] and replay.running == [[1, 99, 0]]
+    assert episodes(replay) == [[0, 1, 0], [1, 99, 0]] and replay.recent(100)[1].sum() == 99
     for last in (False, True):
         image = replay.sample(20_000, 4, "image", last)[0]["image"][-1 if last else 0, :, 0]
         assert abs((image == 0).float().mean() - 0.5) < 0.015
@@ -628,13 +634,15 @@ def test_ring_cuts_episodes():
     for t in range(20):
         row = dict(image=np.full((1, 32, 32, 3), t), is_last=[False])
         replay.add(row, np.zeros(1), dict(reward=np.zeros(1), is_last=np.array([False])))
-    replay.refresh()
-    assert min(first for first, *_ in replay.episodes) >= 20 and replay.rows == 50
-    assert replay.episodes[-1] == replay.running[0] and all(frames > 0 for _, frames, _ in replay.episodes)
+    found = episodes(replay)
+    assert min(first for first, *_ in found) >= 20 and replay.rows == 50
+    assert sum(found[-1][:2]) == 50 and all(frames > 0 for _, frames, _ in found)
     image, mask = replay.recent(4)
     assert mask.all() and image[:, 0, 0, 0, 0].tolist() == [16, 17, 18, 19]
-    replay.running = [None]
-    assert not replay.recent(4)[1].any()
+    assert replay.recent(30)[1].sum() == found[-1][1]
+    row = dict(image=np.zeros((1, 32, 32, 3)), is_last=[False])
+    replay.add(row, np.zeros(1), dict(reward=np.zeros(1), is_last=np.array([True])))
+    assert not replay.recent(4)[1].any(), "none is running"
 
 
 def test_new_rows_are_sampled():
@@ -654,8 +662,7 @@ def test_endless_episode_in_a_ring():
     for first in (4, 8):
         for _ in range(4):
             replay.add(dict(image=picture, is_last=[False]), np.zeros(1), dict(reward=np.zeros(1), is_last=[False]))
-        replay.refresh()
-        assert replay.episodes == [[first, 10, 0]]
+        assert episodes(replay) == [[first, 10, 0]] and replay.recent(12)[1].sum() == 10
 
 
 def test_tokens_in_replay():
@@ -699,12 +706,28 @@ def test_rows_tell_the_episodes():
     """Those of each process by itself: found again after a resume, also in a ring that was overwritten."""
     for rows in (25, 60):
         replay = filled_replay(envs=3, rows=60)
-        again = m.SegmentReplay(m.replay_specs(SHAPES, None, None), 60, 3, CPU, replay.folder, new=False)
-        again.load_state_dict(dict(rows=60, size=rows))
+        replay.files["number"][: 60 - rows] += 60  # as if overwritten after the checkpoint
+        again = m.SegmentReplay(m.replay_specs(SHAPES, None, None), 60, 3, CPU, Path(replay.kept.name), new=False)
+        again.load_state_dict(dict(rows=60))
         replay.size = rows
-        replay.refresh(), again.refresh()
-        assert torch.equal(replay.table, again.table) and len(again.table) > 10
-        assert again.running == [None] * 3
+        assert episodes(replay) == episodes(again) and len(again.table) > 10
+        assert not again.recent(5)[1].any(), "none is running"
+
+
+def test_an_episode_that_a_resume_cut_off():
+    """The next one begins after it: also for those who read the rows again."""
+    replay = new_replay((1,), 20, 1)
+    def add(replay, count):
+        for t in range(count):
+            row = dict(image=np.full((1, 1), t), is_last=[False])
+            replay.add(row, np.zeros(1), dict(reward=np.zeros(1), is_last=np.array([False])))
+    add(replay, 3)
+    for expected in ([[0, 3, 0], [3, 4, 0]], [[0, 3, 0], [3, 4, 0], [7, 4, 0]]):
+        again = m.SegmentReplay(m.replay_specs({"image": (1,)}, None, None), 20, 1, CPU, Path(replay.kept.name), False)
+        again.load_state_dict(replay.state_dict())
+        again.kept, replay = replay.kept, again
+        add(replay, 4)
+        assert episodes(replay) == expected and replay.recent(9)[1].sum() == 4
 
 
 # ---- acting ----
@@ -775,7 +798,7 @@ def watch(monkeypatch) -> list:
     calls, train_step = [], m.train_step
 
     def watched(part, agent, optimizers, replay, *args):
-        calls.append((part, sum(frames for _, frames, _ in replay.episodes)))
+        calls.append((part, sum(frames for _, frames, _ in episodes(replay))))
         return train_step(part, agent, optimizers, replay, *args)
 
     monkeypatch.setattr(m, "train_step", watched)
@@ -856,7 +879,7 @@ def test_a_lost_life_begins_a_new_episode(tmp_path, monkeypatch):
     folder = tiny.run("iris", tmp_path / "run", env_id="tiny:ScriptedImage-v0", total_timesteps=12, eval_episodes=0)
     assert [int(row["image"][0, 0, 0, 0]) for row in seen] == 2 * [0, 1, 2, 4, 5, 6]
     assert [bool(row["is_first"]) for row in seen] == 4 * [True, False, False]
-    assert stored(folder).episodes == [[3 * i, 3, 0] for i in range(4)]
+    assert episodes(stored(folder)) == [[3 * i, 3, 0] for i in range(4)]
     assert tiny.events(folder)[0]["charts/episodic_return"] == [(6, 28), (12, 28)]
 
 
@@ -869,14 +892,15 @@ def test_rows_in_replay(tmp_path):
     assert replay.rows == 24 and rows["number"].tolist() == [*range(24)] and step.tolist() == [i % 7 for i in range(24)]
     assert np.array_equal(rows["reward"], step + 1) and np.array_equal(rows["end"], step == 6)
     assert np.array_equal(code[1:], np.where(step[1:] == 0, 0, rows["action"][:-1] + 1))
-    assert replay.episodes == [[0, 7, 0], [7, 7, 0], [14, 7, 0], [21, 3, 0]]
+    assert episodes(replay) == [[0, 7, 0], [7, 7, 0], [14, 7, 0], [21, 3, 0]]
 
 
 def test_decoded_frames_are_announced_beside_replay(tmp_path, monkeypatch):
-    seen, place = [], m.replay_device
-    monkeypatch.setattr(m, "replay_device", lambda *args: seen.append(args[-1]) or place(*args))
+    seen, make = [], m.Storage.__init__
+    monkeypatch.setattr(m.Storage, "__init__", lambda *args, beside=0, **kwargs: (
+        seen.append(beside) or make(*args, beside=beside, **kwargs)))
     folder = tiny.run("iris", tmp_path / "run", total_timesteps=1)
-    assert seen == [4 * stored(folder).data["image"][0, 0].numel()], "bytes of a frame in float32"
+    assert seen[:1] == [4 * stored(folder).data["image"][0, 0].numel()], "bytes of a frame in float32"
 
 
 def test_lives(tmp_path, monkeypatch):
@@ -889,12 +913,12 @@ def test_lives(tmp_path, monkeypatch):
                       temperature=1.0, eval_episodes=1)
     assert seen == [True, False]
     replay, scalars = stored(folder), tiny.events(folder)[0]
-    episodes, ends = replay.episodes, replay.data["end"]
-    assert len(episodes) >= 5 and replay.rows == 300, "with one environment no row is lost"
-    for first, frames, _ in episodes[:-1]:
+    found, ends = episodes(replay), replay.data["end"]
+    assert len(found) >= 5 and replay.rows == 300, "with one environment no row is lost"
+    for first, frames, _ in found[:-1]:
         assert ends[first + frames - 1] and ends[first : first + frames].sum() == 1
-    assert sum(frames for _, frames, _ in episodes) == 300
-    assert len(scalars.get("charts/episodic_length", [])) < len(episodes)
+    assert sum(frames for _, frames, _ in found) == 300
+    assert len(scalars.get("charts/episodic_length", [])) < len(found)
 
 
 def test_continuous_actions_are_refused(capsys):

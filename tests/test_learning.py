@@ -162,19 +162,19 @@ def learn(script, threshold: float, flags: dict, run_dir: Path) -> tuple[list[tu
     returns, curve, steps = deque(maxlen=20), [], 0
     tokens = TokenAccuracy(script) if hasattr(script, "PARTS") else None
 
-    class Watch(script.Episodes):
-        def update(self, row):
+    class Watch(script.Envs):
+        def _row(self, *args):
             nonlocal steps
+            row = super()._row(*args)
             steps += int((~row["is_first"]).sum())
-            ended = super().update(row)
-            for _, ret, _ in ended:
-                returns.append(ret)
+            for ret in self.ret[row["is_last"]]:
+                returns.append(float(ret))
                 curve.append((steps, sum(returns) / len(returns)))
                 if len(returns) == 20 and curve[-1][1] >= threshold:
                     raise Reached
-            return ended
+            return row
 
-    original, script.Episodes = (script.Episodes, script.train_step), Watch
+    original, script.Envs = (script.Envs, script.train_step), Watch
     script.train_step = tokens or script.train_step
     kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -182,7 +182,7 @@ def learn(script, threshold: float, flags: dict, run_dir: Path) -> tuple[list[tu
     except Reached:
         pass
     finally:
-        script.Episodes, script.train_step = original
+        script.Envs, script.train_step = original
         for number, handler in kept.items():
             signal.signal(number, handler)
     return curve, tokens.result() if tokens else {}

@@ -79,7 +79,6 @@ def test_never_across_the_write_head(m, tmp_path):
 
 def reopened(m, replay, folder):
     """A replay on the same files at the state of another, as a checkpoint holds it."""
-    replay.flush()
     file = io.BytesIO()
     torch.save(replay.state_dict(), file)
     file.seek(0)
@@ -174,7 +173,6 @@ def test_latents_written_back_at_their_rows_only(m, tmp_path):
 def test_resume_after_a_kill(m, rows, more, tmp_path):
     """Rows 0..rows-1 belong to the checkpoint; a process that wrote `more` and died does no harm to what is left."""
     replay = fill(m, 15, 2, rows, tmp_path)
-    replay.flush()
     state = copy.deepcopy(replay.state_dict())
     fill(m, 15, 2, more, start=rows, replay=replay)
     del replay
@@ -200,7 +198,6 @@ def test_row_that_a_kill_tore(m, rows, more, written, tmp_path):
     storage = m.Storage(SPECS, 15, 2, CPU, tmp_path)
     for n in range(rows):
         storage.add(row(n, 2))
-    storage.flush()
     state = copy.deepcopy(storage.state_dict())
     for n in range(rows, rows + more):
         storage.add(row(n, 2))
@@ -215,25 +212,29 @@ def test_row_that_a_kill_tore(m, rows, more, written, tmp_path):
         assert all(torch.equal(x.long(), torch.as_tensor(row(n, 2)[k]).long()) for k, x in zip(SPECS, values))
 
 
-@STORAGE
-def test_flush_copies_new_rows_from_another_device(m, tmp_path):
-    """On a GPU (here: a second place in memory) the files hold the rows up to the last flush, and no later ones."""
-    class Elsewhere(str):
-        type = "elsewhere"
+class Elsewhere(str):
+    """A GPU by name, memory of the CPU in truth."""
 
+    type = "cuda"
+
+
+@STORAGE
+def test_rows_go_to_the_files_too(m, tmp_path, monkeypatch):
+    """With the data on a GPU (here: a second place in memory) every row is in the files at once, and found there after
+    a kill; what `write` changes is on the GPU only."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 0))
     storage = m.Storage(SPECS, 15, 2, Elsewhere("cpu"), tmp_path)
-    storage.data, count = {name: values.clone() for name, values in storage.data.items()}, 0
-    for rows in (4, 15, 15, 21, 60):
-        for count in range(count, rows):
-            before = storage.files["n"].clone()
-            storage.add(row(count, 2))
-            assert torch.equal(storage.files["n"], before)
-        count = rows
-        storage.flush()
-        again = m.Storage(SPECS, 15, 2, CPU, tmp_path, new=False)
-        again.load_state_dict(storage.state_dict())
-        assert (again.rows, again.size) == (rows, min(rows, 15))
-        assert all(torch.equal(again.data[name], storage.data[name]) for name in ("number", *SPECS))
+    storage.data = {name: values.clone() for name, values in storage.data.items()}
+    for n in range(40):
+        storage.add(row(n, 2))
+        if n in (3, 14, 39):
+            again = m.Storage(SPECS, 15, 2, CPU, tmp_path, new=False)
+            again.load_state_dict(storage.state_dict())
+            assert (again.rows, again.size) == (storage.rows, storage.size) == (n + 1, min(n + 1, 15))
+            assert all(torch.equal(again.data[name], storage.data[name]) for name in ("number", *SPECS))
+    storage.write(torch.tensor([[4]]), deter=torch.full((1, 1, 3), -1.0))
+    changed = (storage.data["deter"] != storage.files["deter"]).any(-1).flatten()
+    assert changed.nonzero().tolist() == [[4]]
 
 
 @STORAGE
@@ -272,8 +273,7 @@ def test_missing_file_is_an_error(m, name, tmp_path):
 @STORAGE
 def test_announced_bytes_are_the_real_size(m, tmp_path, capsys):
     """The size printed before allocating is that of the tensors and of the files, whose disk space is taken at once."""
-    place = m.replay_device(SPECS, 5000 * 2, m.Args(run_dir=str(tmp_path)), CPU)
-    replay = m.Storage(SPECS, 5000, 2, place, tmp_path / "replay")
+    replay = m.Storage(SPECS, 5000, 2, CPU, tmp_path / "replay")
     announced = re.search(r"([\d,]+) rows x ([\d,]+) bytes", capsys.readouterr().out)
     rows, size = (int(x.replace(",", "")) for x in announced.groups())
     assert rows * size == sum(replay.data[name].nbytes for name in SPECS)
@@ -285,18 +285,13 @@ def test_announced_bytes_are_the_real_size(m, tmp_path, capsys):
 
 
 @STORAGE
-def test_replay_is_on_a_gpu_where_it_fits_in_half_of_the_memory(m, monkeypatch, capsys):
-    """With what is kept beside the rows."""
-    specs, gpu = dict(image=((10, 10, 1), torch.uint8)), torch.device("cuda")
+def test_replay_is_on_a_gpu_where_it_fits_in_half_of_the_memory(m, tmp_path, monkeypatch, capsys):
+    """With what is kept beside the rows; else in files."""
+    specs, gpu = dict(image=((10, 10, 1), torch.uint8)), Elsewhere("cpu")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 0))
-    assert m.replay_device(specs, 5, m.Args(), gpu) == gpu  # 500 bytes are half of the memory
-    assert m.replay_device(specs, 5, m.Args(), gpu, beside=1) == CPU
-    assert m.replay_device(specs, 5, m.Args(buffer_device="cpu"), gpu) == CPU
-    assert m.replay_device(specs, 5, m.Args(buffer_device="cuda"), gpu) == gpu
-    for device, beside in ((gpu, 1), (CPU, 0)):
-        with pytest.raises(SystemExit):
-            m.replay_device(specs, 5, m.Args(buffer_device="cuda"), device, beside)
-        assert "--buffer-size" in capsys.readouterr().err
+    for rows, beside, device, place in ((5, 0, gpu, gpu), (6, 0, gpu, CPU), (5, 1, gpu, CPU), (5, 0, CPU, CPU)):
+        storage = m.Storage(specs, rows, 1, device, tmp_path, beside=beside)  # 500 bytes are half of the memory
+        assert storage.device == place and capsys.readouterr().out.endswith(f", {place}\n")
 
 
 @STORAGE
@@ -312,15 +307,17 @@ def test_full_disk_is_an_error_before_the_first_row(m, tmp_path, monkeypatch):
 
 
 @REPLAYS
-def test_annotate(m):
-    """The first row begins an episode, a row before a beginning ends one; the last column and the input stay."""
+def test_annotate(m, tmp_path):
+    """The first row begins an episode, a row before a beginning ends one; the last column stays."""
     first = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 0, 0, 0]]).bool().T
     last = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 1, 0, 1]]).bool().T
-    batch = dict(is_first=first.clone(), is_last=last.clone(), reward=torch.ones(5, 2))
-    out = m.annotate(batch)
+    replay = m.SequenceReplay(SPECS, 5, 1, CPU, tmp_path)
+    replay.rows = replay.size = 5
+    replay.gather = lambda rows, envs: (dict(is_first=first, is_last=last, reward=torch.ones(5, 2)), rows)
+    out, _ = replay.sample(2, 5, online=False)
     assert out["is_first"].T.int().tolist() == [[1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]
     assert out["is_last"].T.int().tolist() == [[0, 1, 0, 1, 0], [0, 0, 1, 0, 1]]
-    assert torch.equal(batch["is_first"], first) and torch.equal(batch["is_last"], last) and len(out) == 3
+    assert len(out) == 3
 
 
 # ---- whole episodes ----
@@ -449,7 +446,6 @@ def test_each_process_resumes_its_own_episodes(m, tmp_path):
     first, second = (Streams(m, tmp_path / f, 30, x, 5) for f, x in (("0", [[7, 9]]), ("1", [[8]])))
     for streams in (first, second):
         streams.add(50)
-        streams.replay.flush()
     second.replay = second.make()
     second.replay.load_state_dict(copy.deepcopy(first.replay.state_dict()))
     assert first.known != second.known and sorted(second.replay.episodes) == sorted(second.known)
@@ -467,7 +463,6 @@ def test_episodes_after_a_kill(m, rows, more, tmp_path):
     torch.manual_seed(0)
     streams = Streams(m, tmp_path, 30, [[7, 9], [8]], 5)
     streams.add(rows)
-    streams.replay.flush()
     saved = copy.deepcopy((streams.replay.state_dict(), streams.first, streams.count, streams.whole))
     streams.add(more)
     for life in range(3):

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 import tiny
@@ -25,6 +24,5 @@ def test_runs_alone(script, tmp_path):
     assert run.name.startswith(f"envs_Catch-v0__{script.stem}__1__")
     assert json.loads((run / "args.json").read_text())["env_id"] == "envs:Catch-v0"
     assert digest(run / script.name) == digest(script)
-    assert f"torch=={version('torch')}" in (run / "versions.txt").read_text().splitlines()
     assert list(run.glob("events.*")) and list(run.glob("videos/*.gif"))
     assert torch.load(run / "checkpoint.pt", weights_only=True)["algorithm"] == script.stem
