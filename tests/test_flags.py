@@ -2,9 +2,11 @@
 import dataclasses
 import typing
 from functools import partial
+from types import SimpleNamespace
 
 import envs
 import gymnasium
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -164,6 +166,40 @@ def test_evaluation_of_a_run_that_has_ended(name, tmp_path, capsys):
         assert f"evaluation at step {steps}, {episodes} episodes" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.glob("*.pt")} == before
     assert [step for step, _ in tiny.events(run)[0]["eval/episodic_return"]] == 2 * [steps]
+
+
+class Clocks:
+    """Environment i ends all i + 1 steps, then resets; its return is 10 i."""
+
+    def __init__(self, num_envs: int):
+        self.number, self.time = np.arange(num_envs), 0
+
+    def reset(self) -> dict:
+        self.length, self.ret = self.time % (self.number + 2), 10.0 * self.number
+        return dict(is_last=self.length == self.number + 1)
+
+    def step(self, action) -> dict:
+        self.time += 1
+        return self.reset()
+
+
+@pytest.mark.parametrize("episodes, num_envs", [(1, 1), (10, 10), (16, 16), (20, 16)])
+@each_script
+def test_evaluation_favours_no_environment(name, episodes, num_envs, monkeypatch):
+    """Short episodes count no more than long ones, and the agent knows that it is evaluated."""
+    class Agent(torch.nn.Module):
+        def initial(self, num_envs, device):
+            return {}
+
+        def act(self, row, state):
+            assert not self.training
+            return dict(action=torch.zeros(1))
+
+    agent, args = Agent(), SimpleNamespace(eval_episodes=episodes, seed=0)
+    monkeypatch.setattr(load(name), "make_envs", lambda args, num_envs, seed: Clocks(num_envs))
+    metrics = load(name).evaluate(agent, args, torch.device("cpu"), 0)
+    assert metrics["eval/episodic_return"] == 10 * (num_envs - 1) / 2 and agent.training
+    assert metrics["eval/episodic_length"] == (num_envs + 1) / 2
 
 
 @each_script

@@ -190,6 +190,18 @@ def test_resume_after_a_kill(m, rows, more, tmp_path):
 
 
 @STORAGE
+def test_rows_that_never_reached_the_disk(m, tmp_path):
+    """After a power loss what comes before a missing row does not pass for its neighbour."""
+    storage = m.Storage(SPECS, 15, 2, CPU, tmp_path)
+    for n in range(10):
+        storage.add(row(n, 2))
+    storage.files["number"][6] = 0
+    again = m.Storage(SPECS, 15, 2, CPU, tmp_path, new=False)
+    again.load_state_dict(copy.deepcopy(storage.state_dict()))
+    assert (again.rows, again.size) == (10, 3)
+
+
+@STORAGE
 @pytest.mark.parametrize("written", range(len(SPECS)))
 @pytest.mark.parametrize("rows, more", [(8, 0), (8, 7), (25, 0), (25, 3), (25, 14), (25, 15), (25, 40)])
 def test_row_that_a_kill_tore(m, rows, more, written, tmp_path):
