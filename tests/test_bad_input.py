@@ -243,6 +243,18 @@ def test_damaged_run(case, run, capfd):
     assert not {path for path in changed if path.endswith((".pt", ".bin"))}
 
 
+@pytest.mark.parametrize("part", ["actor", "encoder"])
+def test_checkpoint_without_some_weights(part, run, capfd):
+    """The run does not go on with random weights in place of the missing ones."""
+    name, folder = run
+    weights = checkpoint(folder)["agent"]
+    kept = {key: value for key, value in weights.items() if part not in key}
+    edit(folder, agent=kept)
+    before, line = digest(folder / "checkpoint.pt"), refused(capfd, name, "--resume", folder, "--total-timesteps", 40)
+    assert len(kept) < len(weights) and "other networks" in line and part in line
+    assert digest(folder / "checkpoint.pt") == before
+
+
 CHANGED = {  # flags that make other networks, or another replay; the scripts it is about
     "image size": (dict(image_size=32),),
     "size": (dict(size="size12m"),),

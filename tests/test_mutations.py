@@ -763,6 +763,8 @@ MUTATIONS = dict(iris=[
      "test_flags:test_evaluation_favours_no_environment", dict(episodes=20, num_envs=16)),
     ("an evaluation like training", "    agent.eval()", "    agent.train()",
      "test_flags:test_evaluation_favours_no_environment", dict(episodes=20, num_envs=16)),
+    ("missing weights are random", 'fail(f"the run has other', 'print(f"the run has other',
+     "test_bad_input:test_checkpoint_without_some_weights", dict(part="actor")),
     ("a lost row is skipped", "== newest).cumprod(0).sum()", "== newest).sum()",
      "test_replay:test_rows_that_never_reached_the_disk"),
     ("a second Ctrl-C waits too", "if number == signal.SIGINT:", "if False:", "test_resume:test_second_signal",
