@@ -1068,8 +1068,8 @@ def validate(args: Args) -> Args:
     may_be_zero = "seed learning_starts eval_every video_every eval_episodes pretrain".split()
     for f in fields(args):
         value, least = getattr(args, f.name), int("int" in f.type and f.name not in may_be_zero)
-        if type(value) in (int, float) and not least <= value < math.inf:  # not bool
-            fail(f"--{f.name.replace('_', '-')} must be a number of at least {least}, got {value}")
+        if type(value) in (int, float) and not least <= value <= 2e9:  # not bool; ale-py has 32-bit seeds
+            fail(f"--{f.name.replace('_', '-')} must be a number from {least} to 2e9, got {value}")
     for name, most in dict(ent_coef=math.inf, rho=1).items():
         try:
             values = [schedule(getattr(args, name), step) for step in (0, args.total_timesteps)]

@@ -1075,8 +1075,8 @@ def validate(args: Args) -> Args:
     may_be_zero = "seed learning_starts eval_every video_every eval_episodes warmup".split()  # D13
     for f in fields(args):
         value, least = getattr(args, f.name), int("int" in f.type and f.name not in may_be_zero)
-        if type(value) in (int, float) and not least <= value < math.inf:  # not bool
-            fail(f"--{f.name.replace('_', '-')} must be a number of at least {least}, got {value}")
+        if type(value) in (int, float) and not least <= value <= 2e9:  # not bool; ale-py has 32-bit seeds
+            fail(f"--{f.name.replace('_', '-')} must be a number from {least} to 2e9, got {value}")
     if args.batch_length == 1 or args.image_size % 16:  # D8, D11
         fail("--batch-length is at least 2 (the critic bootstraps from the next step), --image-size a multiple of 16")
     if args.train_ratio == 0 or max(args.gamma, args.lam, args.unimix, args.actor_unimix, args.sticky_actions) > 1:

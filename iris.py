@@ -1203,8 +1203,8 @@ def validate(args: Args) -> Args:
                    "behaviour_starts burn_in").split()
     for f in fields(args):
         value, least = getattr(args, f.name), int("int" in f.type and f.name not in may_be_zero)
-        if type(value) in (int, float) and not least <= value < math.inf:  # not bool
-            fail(f"--{f.name.replace('_', '-')} must be a number of at least {least}, got {value}")
+        if type(value) in (int, float) and not least <= value <= 2e9:  # not bool; ale-py has 32-bit seeds
+            fail(f"--{f.name.replace('_', '-')} must be a number from {least} to 2e9, got {value}")
     if args.image_size % 16 or args.channels % 2 or args.width % args.heads:
         fail("--image-size must be a multiple of 16 (four halvings), --channels even, --width a multiple of --heads")
     if min(args.batch_length, args.imag_horizon) < 2 or not args.temperature * args.eval_temperature * args.grad_clip:
