@@ -228,13 +228,20 @@ def entropy(log_probs: torch.Tensor) -> torch.Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
-def sample_onehot(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """One-hot sample of probs (...,K), straight-through: its value is exactly one-hot, its gradient that of probs.
+class StraightThrough(torch.autograd.Function):
+    """Categorical sample of probs (...,K) as exact one-hot vectors, whose gradient is passed to probs as it is.
+    argmax(p / e) with e ~ Exp(1) is an exact draw (exponential race); the noise carries no gradient."""
 
-    argmax(p / e) with e ~ Exp(1) is an exact categorical draw (exponential race); the noise carries no gradient."""
-    index = (probs.detach() / noise).argmax(-1, keepdim=True)
-    onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
-    return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
+    @staticmethod
+    def forward(ctx, probs, noise):
+        return torch.zeros_like(probs).scatter_(-1, (probs / noise).argmax(-1, keepdim=True), 1.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+sample_onehot = StraightThrough.apply
 
 
 def categorical_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -232,13 +232,20 @@ def entropy(log_probs: torch.Tensor) -> torch.Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
-def sample_onehot(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """One-hot sample of probs (...,K), straight-through: its value is exactly one-hot, its gradient that of probs.
+class StraightThrough(torch.autograd.Function):
+    """Categorical sample of probs (...,K) as exact one-hot vectors, whose gradient is passed to probs as it is.
+    argmax(p / e) with e ~ Exp(1) is an exact draw (exponential race); the noise carries no gradient."""
 
-    argmax(p / e) with e ~ Exp(1) is an exact categorical draw (exponential race); the noise carries no gradient."""
-    index = (probs.detach() / noise).argmax(-1, keepdim=True)
-    onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
-    return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
+    @staticmethod
+    def forward(ctx, probs, noise):
+        return torch.zeros_like(probs).scatter_(-1, (probs / noise).argmax(-1, keepdim=True), 1.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+sample_onehot = StraightThrough.apply
 
 
 def categorical_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -585,27 +592,6 @@ class Decoder(nn.Module):
 
 # ======== 7. world model ========
 
-def affine(x: torch.Tensor, weight: torch.Tensor, row: torch.Tensor, tape: list | None = None) -> torch.Tensor:  # D5
-    """row + x @ weight: (B,in) with (in,out), or block-wise (G,B,in) with (G,in,out); x goes on the tape if any."""
-    if tape is not None:
-        tape.append(x.detach())
-    return torch.addmm(row, x, weight) if x.dim() == 2 else torch.baddbmm(row, x, weight)
-
-
-class ScanGradient(torch.autograd.Function):
-    """Identity on the rows (T,[G],B,out) of the T steps of a scan. Its backward runs after those of all steps and makes
-    the gradient of their common weight in one product with the inputs on the tape (x_1 first), not T small ones."""
-
-    @staticmethod
-    def forward(ctx, rows, weight, tape):
-        ctx.tape = tape
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, torch.cat(ctx.tape, -2).mT @ grad.movedim(0, -3).flatten(-3, -2), None
-
-
 class RSSM(nn.Module):  # D5
     """Recurrent state-space model: h_t = f(h, z, a), prior p(z_t | h_t), posterior q(z_t | h_t, tokens_t).
     In the official cell each block reads its slice of h and all of [x_h, x_z, x_a]; the latter rows are one dense
@@ -614,7 +600,6 @@ class RSSM(nn.Module):  # D5
 
     def __init__(self, deter, hidden, stoch, classes, blocks, action_dim, tokens, mix):
         super().__init__()
-        self.defer = True  # ScanGradient; not where the steps are compiled
         self.deter, self.stoch, self.classes, self.blocks, self.mix = deter, stoch, classes, blocks, mix
         self.in_deter, self.in_stoch, self.in_action = (mlp(n, hidden, 1) for n in (deter, stoch * classes, action_dim))
         self.hid, self.hid_norm = BlockLinear(deter + blocks * 3 * hidden, deter, blocks), NormSiLU(deter)
@@ -626,72 +611,67 @@ class RSSM(nn.Module):  # D5
         """Exp(1) for the samples of latents, (*lead,S,K)."""
         return torch.empty(*lead, self.stoch, self.classes, device=self.gru.bias.device).exponential_()
 
-    def scan_weights(self, dtype: torch.dtype) -> dict:  # D5
-        """name -> (weight, bias) of each product in a step, in computation precision, packed once per scan. The second
-        of `dense` is no bias but the action's weight: `action_row` makes with it what takes the place of a bias."""
-        part, hidden, blocks = self.deter // self.blocks, self.in_deter[0].out_features, (self.blocks, 1, -1)
+    def scan_weights(self, dtype: torch.dtype) -> tuple[dict, dict]:  # D5
+        """The products of a step, packed once per scan, in computation precision: name -> matrix, and name -> row that
+        is added, a bias. The rows `dense` and `post_hid`, which hold action and tokens, are made from these."""
+        part, hidden = self.deter // self.blocks, self.in_deter[0].out_features
         joint = self.hid.weight[:, part:].transpose(0, 1).flatten(1)  # rows [x_h, x_z, x_a], columns in block order
-        pairs = dict(
-            in_deter=(self.in_deter[0].weight.T, self.in_deter[0].bias[None]),
-            in_stoch=(self.in_stoch[0].weight.T, self.in_stoch[0].bias[None]),
-            own=(self.hid.weight[:, :part], self.hid.bias.view(blocks)),
-            dense=(joint[: 2 * hidden], joint[2 * hidden :]),
-            gru=(self.gru.weight, self.gru.bias.view(blocks)),
-            post_hid=(self.post_hid[0].weight[:, : self.deter].T, self.post_hid[0].bias[None]),
-            post_out=(self.post_out.weight.T, self.post_out.bias[None]))
-        return {k: (weight.to(dtype), bias.to(dtype)) for k, (weight, bias) in pairs.items()}
+        reset, cand, update = self.gru.bias.view(self.blocks, 1, -1).chunk(3, -1)
+        weights = dict(
+            in_deter=self.in_deter[0].weight.T, in_stoch=self.in_stoch[0].weight.T, own=self.hid.weight[:, :part],
+            dense=joint[: 2 * hidden], action=joint[2 * hidden :], gru=self.gru.weight,
+            post_hid=self.post_hid[0].weight[:, : self.deter].T, post_out=self.post_out.weight.T)
+        rows = dict(
+            in_deter=self.in_deter[0].bias[None], in_stoch=self.in_stoch[0].bias[None],
+            own=self.hid.bias.view(self.blocks, 1, -1), gru=torch.cat([reset, cand, update - 1], -1),
+            post_out=self.post_out.bias[None])
+        return tuple({k: v.to(dtype) for k, v in group.items()} for group in (weights, rows))
 
     def action_row(self, weights: dict, action: torch.Tensor) -> torch.Tensor:
-        """The action's share of the block layer, (...,A) -> (...,D). Entries beyond +-1 are scaled back to +-1."""
-        return self.in_action(action / action.detach().abs().clamp(min=1)) @ weights["dense"][1]
+        """The action's share of the block layer, (...,A) -> (...,D). Official: a / sg(max(1, |a|)), the same number."""
+        return self.in_action(action.clamp(-1, 1)) @ weights["action"]
 
-    def core(self, weights: dict, deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
-        """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K) -> (B,D); a is in the `action_row` of `dense`."""  # D5
-        x_h = self.in_deter[1](affine(deter, *weights["in_deter"]))
-        x_z = self.in_stoch[1](affine(stoch, *weights["in_stoch"]))
+    def core(self, weights: dict, rows: dict, deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
+        """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K) -> (B,D); a is in the row `dense`."""  # D5
+        x_h = self.in_deter[1](torch.addmm(rows["in_deter"], deter, weights["in_deter"]))
+        x_z = self.in_stoch[1](torch.addmm(rows["in_stoch"], stoch, weights["in_stoch"]))
+        x = torch.addmm(rows["dense"], torch.cat([x_h, x_z], -1), weights["dense"])
         blocks = deter.unflatten(-1, (self.blocks, -1))
-        own = affine(blocks.transpose(0, 1), *weights["own"]).transpose(0, 1)  # (B,G,D/G)
-        x = self.hid_norm((affine(torch.cat([x_h, x_z], -1), *weights["dense"]).view_as(blocks) + own).flatten(1))
-        gates = affine(x.view_as(blocks).transpose(0, 1), *weights["gru"]).transpose(0, 1)  # (B,G,3*D/G)
+        own = torch.baddbmm(rows["own"], blocks.transpose(0, 1), weights["own"]).transpose(0, 1)  # (B,G,D/G)
+        x = self.hid_norm((x.view_as(blocks) + own).flatten(1)).view_as(blocks)
+        gates = torch.baddbmm(rows["gru"], x.transpose(0, 1), weights["gru"]).transpose(0, 1)  # (B,G,3*D/G)
         reset, cand, update = gates.chunk(3, -1)  # thirds of each block
         cand = torch.tanh(reset.sigmoid() * cand)
-        return torch.lerp(blocks, cand, (update - 1).sigmoid()).flatten(1)  # u * cand + (1 - u) * h
+        return torch.lerp(blocks, cand, update.sigmoid()).flatten(1)  # u * cand + (1 - u) * h
 
-    def observe_step(self, weights: dict, deter, stoch, noise) -> tuple:
-        """One posterior step: (B,D), (B,S*K), noise (B,S,K) -> h', z', logits (B,S,K); `post_hid` adds the tokens."""
-        deter = self.core(weights, deter, stoch)
-        x = self.post_hid[1](affine(deter, *weights["post_hid"]))
-        logits = affine(x, *weights["post_out"]).unflatten(-1, (self.stoch, self.classes))
+    def observe_step(self, weights: dict, rows: dict, deter, stoch, noise) -> tuple:
+        """One posterior step: (B,D), (B,S*K), noise (B,S,K) -> h', z', logits (B,S,K)."""
+        deter = self.core(weights, rows, deter, stoch)
+        x = self.post_hid[1](torch.addmm(rows["post_hid"], deter, weights["post_hid"]))
+        logits = torch.addmm(rows["post_out"], x, weights["post_out"]).unflatten(-1, (self.stoch, self.classes))
         stoch = sample_onehot(unimix(logits, self.mix), noise).to(deter.dtype).flatten(1)
         return deter, stoch, logits
 
     def observe(self, tokens, prev_action, is_first, deter, stoch) -> tuple:
         """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), carry h (B,D), z (B,S*K)
         -> h (T,B,D), z (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
-        dtype, weights = tokens.dtype, self.scan_weights(tokens.dtype)  # D5
+        dtype, (weights, rows) = tokens.dtype, self.scan_weights(tokens.dtype)  # D5
         keep = (~is_first).to(dtype)[..., None]  # trap: h, z and the previous action all start from zero in an episode
-        # what a step adds to a product: a row made for all steps at once, or a bias
-        rows = dict(dense=self.action_row(weights, prev_action.to(dtype) * keep),
-                    post_hid=F.linear(tokens, self.post_hid[0].weight[:, self.deter :], self.post_hid[0].bias))
-        steps = [{} for _ in tokens]  # of the T steps each: name -> (weight, row, tape) of `affine`
-        for name, (weight, bias) in weights.items():
-            row = rows[name] if name in rows else bias.expand(len(tokens), *bias.shape[:-2], keep.shape[1], -1)
-            tape = [] if self.defer and torch.is_grad_enabled() else None
-            if tape is not None:
-                row, weight = ScanGradient.apply(row, weight, tape), weight.detach()
-            # unbind: the backward pass of row[t] would write a full-size gradient for every t
-            for step, r in zip(steps, row.unbind()):
-                step[name] = weight, r, tape
+        # rows of all steps, (T,...,B,out): in the backward pass one sum makes a bias's gradient, and `unbind` spares
+        # what row[t] would write, a full-size gradient for every t
+        rows = {k: row.expand(len(tokens), *row.shape[:-2], keep.shape[1], -1) for k, row in rows.items()}
+        rows["dense"] = self.action_row(weights, prev_action.to(dtype) * keep)
+        rows["post_hid"] = F.linear(tokens, self.post_hid[0].weight[:, self.deter :], self.post_hid[0].bias)
         deter, stoch, outs = deter.to(dtype), stoch.to(dtype), []
-        for step, k, noise in zip(steps, keep.unbind(), self.noise(*is_first.shape)):
-            deter, stoch, logits = self.observe_step(step, deter * k, stoch * k, noise)
+        for *row, k, noise in zip(*(row.unbind() for row in rows.values()), keep.unbind(), self.noise(*is_first.shape)):
+            deter, stoch, logits = self.observe_step(weights, dict(zip(rows, row)), deter * k, stoch * k, noise)
             outs.append((deter, stoch, logits))
         return tuple(map(torch.stack, zip(*outs)))
 
-    def imagine_step(self, weights: dict, deter, stoch, action, noise) -> tuple:
+    def imagine_step(self, weights: dict, rows: dict, deter, stoch, action, noise) -> tuple:
         """One step without observation: (N,D), (N,S*K), action (N,A), noise (N,S,K) -> h', z' ~ p(z' | h')."""
         row = self.action_row(weights, action.to(deter.dtype))  # D5
-        deter = self.core(dict(weights, dense=(weights["dense"][0], row)), deter, stoch)
+        deter = self.core(weights, dict(rows, dense=row), deter, stoch)
         return deter, sample_onehot(unimix(self.prior(deter), self.mix), noise).to(deter.dtype).flatten(1)
 
 
@@ -775,7 +755,7 @@ class Behaviour(nn.Module):
         feats, actions = [torch.cat([deter, stoch], -1)], []
         for action_noise, stoch_noise in zip(self.noise(*lead), rssm.noise(*lead)):
             actions.append(self.sample(feats[-1], action_noise))  # D10
-            deter, stoch = rssm.imagine_step(weights, deter, stoch, actions[-1], stoch_noise)
+            deter, stoch = rssm.imagine_step(*weights, deter, stoch, actions[-1], stoch_noise)
             feats.append(torch.cat([deter, stoch], -1))
         return torch.stack(feats), torch.stack(actions)
 
@@ -915,7 +895,6 @@ class Agent(nn.Module):  # D10
         rssm = self.world.rssm
         rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
         rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
-        rssm.defer = False  # D5
         self.world.decoder.compile(dynamic=False)
 
 
@@ -998,7 +977,7 @@ def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int
     deter, stoch, _ = rssm.observe(world.encoder(rows), **before)
     states, weights, actions = list(zip(deter, stoch)), rssm.scan_weights(deter.dtype), batch["action"][context:-1]
     for action, noise in zip(actions, rssm.noise(len(actions), count)):
-        states.append(rssm.imagine_step(weights, *states[-1], action, noise))
+        states.append(rssm.imagine_step(*weights, *states[-1], action, noise))
     deter, stoch = map(torch.stack, zip(*states))
     feat = torch.cat([deter, stoch], -1)
     return dream_video(batch["image"][1:] / 255, world.decoder.forward(deter, stoch)["image"], context,  # D11

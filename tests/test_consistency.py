@@ -133,7 +133,7 @@ def test_dreaming_is_observing_without_tokens(m):
     noise, alive = torch.empty(count, 32, 2).double().exponential_(), torch.zeros(1, count, dtype=torch.bool)
     rssm.noise = lambda *_: noise[None]
     seen, _, _ = rssm.observe(tokens[None], action[None], alive, deter, stoch)
-    dreamt, sample = rssm.imagine_step(rssm.scan_weights(torch.float64), deter, stoch, action, noise)
+    dreamt, sample = rssm.imagine_step(*rssm.scan_weights(torch.float64), deter, stoch, action, noise)
     torch.testing.assert_close(dreamt, seen[0], rtol=1e-12, atol=1e-12)
     probs = 0.99 * rssm.prior(dreamt).softmax(-1) + 0.01 / 2
     assert torch.equal(sample.unflatten(1, (32, 2)).argmax(-1), (probs / noise).argmax(-1))

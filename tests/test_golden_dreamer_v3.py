@@ -279,20 +279,16 @@ def test_decoder():
 
 
 def test_rssm_cell_and_prior(rssm):
-    weights = rssm.scan_weights(F64)
-    def core(deter, stoch, row):
-        return rssm.core(dict(weights, dense=(weights["dense"][0], row)), deter, stoch)
+    weights, rows = rssm.scan_weights(F64)
     deter, stoch = given("core_deter"), given("core_stoch").flatten(1)
-    close(core(deter, stoch, rssm.action_row(weights, given("core_action_onehot"))), "core_out")
-    close(core(deter, stoch, rssm.action_row(weights, given("core_action_cont"))), "core_out_cont")
+    for action, out in (("core_action_onehot", "core_out"), ("core_action_cont", "core_out_cont")):
+        close(rssm.core(weights, dict(rows, dense=rssm.action_row(weights, given(action))), deter, stoch), out)
     close(rssm.prior(deter), "prior_logit")
 
 
-@pytest.mark.parametrize("defer", [True, False])
-def test_rssm_sequence(rssm, defer, monkeypatch):
+def test_rssm_sequence(rssm, monkeypatch):
     samples = time_first("seq_stoch")
     monkeypatch.setattr(rssm, "noise", lambda *lead: force(samples))
-    monkeypatch.setattr(rssm, "defer", defer)
     deter, stoch, logits = rssm.observe(
         time_first("seq_tokens"), onehot(time_first("seq_prevact"), 3), time_first("seq_reset"),
         given("seq_carry_deter"), given("seq_carry_stoch").flatten(1))
