@@ -79,7 +79,6 @@ from torch.utils.tensorboard.summary import Summary
 from tqdm import tqdm
 
 # ======== 2. arguments ========
-
 SIZES = dict(size1m=64, size12m=256, size25m=384, size50m=512, size100m=768, size200m=1024, size400m=1536)  # D11: d
 
 
@@ -95,12 +94,12 @@ class Args:
     num_envs: int = 1  # parallel environments (official: 1 for Atari 100k, 16 elsewhere)
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # weights stay fp32; auto: bf16 on CUDA (official), else fp32
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the steps and the large regions; auto: on CUDA only
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the steps and the decoder; auto: on CUDA only
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
     save_every: int = 10_000  # policy steps between checkpoints
     eval_every: int = 0  # policy steps between evaluations; one at the end in any case
-    eval_episodes: int = 10  # episodes per evaluation; 0: none
+    eval_episodes: int = 10  # episodes per evaluation, or a few more: equally many per environment; 0: none
     video_every: int = 50_000  # policy steps between open-loop videos; 0: one at the end
     log_every: int = 1_000  # policy steps between metric logs
 
@@ -109,7 +108,7 @@ class Args:
     sticky_actions: float = 0.0  # Atari: probability that a frame repeats the last action (official; 200M: 0.25)
     pixels: bool = False  # learn from the rendered image instead of the environment's own observation
 
-    buffer_size: int = 5_000_000  # replay rows over all environments (official); at most total_timesteps, also resumed
+    buffer_size: int = 5_000_000  # replay rows over all environments (official); never above total_timesteps
     learning_starts: int = 0  # policy steps before the first update; 0: B*T + T*num_envs (official)
     batch_size: int = 16  # sequences per update, B (official)
     batch_length: int = 64  # steps per sequence, T, plus one of context (official)
@@ -170,8 +169,7 @@ def start_ranks(name: str) -> tuple[int, int, torch.device]:
         # glibc: keep freed memory (no mmap, no trim); page faults on what was given back cost 2 to 17 % of an update
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        # rank 0 evaluates while the others wait
+    if world_size > 1:  # hours: rank 0 evaluates while the others wait
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return int(os.environ.get("RANK", 0)), world_size, device
 
@@ -196,7 +194,6 @@ def average_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 # ======== 3. pure functions ========
-
 def symlog(x: torch.Tensor) -> torch.Tensor:  # D1
     """sign(x) ln(|x| + 1), the squashing of vector inputs. Eq. 9 (arXiv:2301.04104v2)."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
@@ -283,11 +280,9 @@ def lambda_return(reward: torch.Tensor, value: torch.Tensor, live: torch.Tensor,
 
 
 # ======== 4. environment ========
-
 # ==== shared: environment ====
 class Envs:
     """`num_envs` copies of an environment; a row of arrays (N,...) per step. Edit here for anything unusual.
-
     The step after an episode's end ignores its action and returns the next episode's first observation (NEXT_STEP), so
     is_first_{t+1} = is_last_t. A time limit is an end, but not terminal. Rewards are raw.
     Observations: uint8 images, resized and stacked by channel, are `image`; other Boxes, joined, are `vector`.
@@ -341,9 +336,8 @@ class Envs:
             self.shapes["vector"] = tuple(math.prod(spaces[k].shape) for k in self.vectors)  # the length of each part
 
     def reset(self) -> dict[str, np.ndarray]:
-        obs, _ = self.envs.reset(seed=self.seed)
         self.ret = self.length = self.over = zeros = np.zeros(self.num_envs, bool)
-        return self._row(obs, zeros, zeros, ~zeros)
+        return self._row(self.envs.reset(seed=self.seed)[0], zeros, zeros, ~zeros)
 
     def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
         """One policy step; `action` (N,A) one-hot, or raw continuous."""
@@ -355,8 +349,8 @@ class Envs:
             low, high = np.where(finite, self.act.low, -1), np.where(finite, self.act.high, 1)
             native = (low + (unit + 1) / 2 * (high - low)).clip(self.act.low, self.act.high).astype(self.act.dtype)
         obs, reward, terminated, truncated, info = self.envs.step(native)
-        # over: the next step resets
-        first, self.over = self.over, truncated | (terminated & (info["lives"] == 0) if self.life_loss else terminated)
+        dead = terminated & (info["lives"] == 0) if self.life_loss else terminated
+        first, self.over = self.over, truncated | dead  # over: the next step resets
         return self._row(obs, reward, terminated, first)
 
     def _row(self, obs, reward, terminated, first):
@@ -383,11 +377,9 @@ def make_envs(args: Args, num_envs: int, seed: int) -> Envs:
 
 
 # ======== 5. replay ========
-
 # ==== shared: replay storage ====
 class Storage:
     """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...) by field name.
-
     `specs`: name -> (shape, dtype). Each field is a memory-mapped file in `folder`, made if `new`: it takes no RAM of
     its own and survives a kill. `data`: a copy on the GPU if it fits in half of its free memory, else the files. New
     rows go to both. `beside`: bytes per row that someone else keeps on the same device.
@@ -437,7 +429,7 @@ class Storage:
         return dict(rows=self.rows)
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue at a checkpoint, without the old rows that were overwritten after it was made: others' numbers."""
+        """Continue at a checkpoint, without old rows that were overwritten after it was made: their numbers differ."""
         self.rows = state["rows"]
         newest = torch.arange(self.rows - 1, max(self.rows - self.capacity, 0) - 1, -1)
         self.size = int((self.files["number"][newest % self.capacity, 0] == newest).cumprod(0).sum())
@@ -485,7 +477,6 @@ def split_context(batch: dict) -> tuple[dict, dict]:  # D9, D12
 
 
 # ======== 6. networks ========
-
 def init(layer: nn.Module, scale: float = 1.0, fan_in: int | None = None) -> nn.Module:
     """Bias 0, weight normal truncated at 2 sigma, std scale/sqrt(fan_in). Source: `Initializer` (trunc_normal_in)."""
     sigma = 1.1368 / math.sqrt(fan_in or layer.weight[0].numel())
@@ -591,12 +582,11 @@ class Decoder(nn.Module):
 
 
 # ======== 7. world model ========
-
 class RSSM(nn.Module):  # D5
     """Recurrent state-space model: h_t = f(h, z, a), prior p(z_t | h_t), posterior q(z_t | h_t, tokens_t).
-    In the official cell each block reads its slice of h and all of [x_h, x_z, x_a]; the latter rows are one dense
-    matrix, only the slice needs blocks. What does not depend on the recurrence is taken out of the scan, with the same
-    sums: the token part of the posterior's first layer, the action part of the cell, the prior, all noise."""
+    In the official cell each block reads its slice of h and all of [x_h, x_z, x_a]; for the latter the weights are
+    one dense matrix, only the slice needs blocks. What does not depend on the recurrence is taken out of the scan: the
+    token part of the posterior's first layer, the action part of the cell, the prior, all noise."""
 
     def __init__(self, deter, hidden, stoch, classes, blocks, action_dim, tokens, mix):
         super().__init__()
@@ -612,66 +602,64 @@ class RSSM(nn.Module):  # D5
         return torch.empty(*lead, self.stoch, self.classes, device=self.gru.bias.device).exponential_()
 
     def scan_weights(self, dtype: torch.dtype) -> tuple[dict, dict]:  # D5
-        """The products of a step, packed once per scan, in computation precision: name -> matrix, and name -> row that
-        is added, a bias. The rows `dense` and `post_hid`, which hold action and tokens, are made from these."""
+        """The products of a step, packed once per scan, in computation precision: name -> matrix, and name -> bias, a
+        row that is added. The caller adds the rows `dense` (action) and, to observe, `post_hid` (tokens)."""
         part, hidden = self.deter // self.blocks, self.in_deter[0].out_features
         joint = self.hid.weight[:, part:].transpose(0, 1).flatten(1)  # rows [x_h, x_z, x_a], columns in block order
         reset, cand, update = self.gru.bias.view(self.blocks, 1, -1).chunk(3, -1)
-        weights = dict(
-            in_deter=self.in_deter[0].weight.T, in_stoch=self.in_stoch[0].weight.T, own=self.hid.weight[:, :part],
-            dense=joint[: 2 * hidden], action=joint[2 * hidden :], gru=self.gru.weight,
-            post_hid=self.post_hid[0].weight[:, : self.deter].T, post_out=self.post_out.weight.T)
-        rows = dict(
-            in_deter=self.in_deter[0].bias[None], in_stoch=self.in_stoch[0].bias[None],
-            own=self.hid.bias.view(self.blocks, 1, -1), gru=torch.cat([reset, cand, update - 1], -1),
-            post_out=self.post_out.bias[None])
-        return tuple({k: v.to(dtype) for k, v in group.items()} for group in (weights, rows))
+        weights = dict(in_deter=self.in_deter[0].weight.T, in_stoch=self.in_stoch[0].weight.T, gru=self.gru.weight,
+                       own=self.hid.weight[:, :part], dense=joint[: 2 * hidden], action=joint[2 * hidden :],
+                       post_hid=self.post_hid[0].weight[:, : self.deter].T, post_out=self.post_out.weight.T)
+        biases = dict(in_deter=self.in_deter[0].bias[None], in_stoch=self.in_stoch[0].bias[None],
+                      own=self.hid.bias.view(self.blocks, 1, -1), gru=torch.cat([reset, cand, update - 1], -1),
+                      post_out=self.post_out.bias[None])
+        return tuple({k: v.to(dtype) for k, v in group.items()} for group in (weights, biases))
 
     def action_row(self, weights: dict, action: torch.Tensor) -> torch.Tensor:
         """The action's share of the block layer, (...,A) -> (...,D). Official: a / sg(max(1, |a|)), the same number."""
         return self.in_action(action.clamp(-1, 1)) @ weights["action"]
 
-    def core(self, weights: dict, rows: dict, deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
-        """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K) -> (B,D); a is in the row `dense`."""  # D5
-        x_h = self.in_deter[1](torch.addmm(rows["in_deter"], deter, weights["in_deter"]))
-        x_z = self.in_stoch[1](torch.addmm(rows["in_stoch"], stoch, weights["in_stoch"]))
-        x = torch.addmm(rows["dense"], torch.cat([x_h, x_z], -1), weights["dense"])
+    def core(self, weights: dict, biases: dict, deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
+        """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K) -> (B,D); a is in the bias `dense`."""  # D5
+        x_h = self.in_deter[1](torch.addmm(biases["in_deter"], deter, weights["in_deter"]))
+        x_z = self.in_stoch[1](torch.addmm(biases["in_stoch"], stoch, weights["in_stoch"]))
+        x = torch.addmm(biases["dense"], torch.cat([x_h, x_z], -1), weights["dense"])
         blocks = deter.unflatten(-1, (self.blocks, -1))
-        own = torch.baddbmm(rows["own"], blocks.transpose(0, 1), weights["own"]).transpose(0, 1)  # (B,G,D/G)
+        own = torch.baddbmm(biases["own"], blocks.transpose(0, 1), weights["own"]).transpose(0, 1)  # (B,G,D/G)
         x = self.hid_norm((x.view_as(blocks) + own).flatten(1)).view_as(blocks)
-        gates = torch.baddbmm(rows["gru"], x.transpose(0, 1), weights["gru"]).transpose(0, 1)  # (B,G,3*D/G)
+        gates = torch.baddbmm(biases["gru"], x.transpose(0, 1), weights["gru"]).transpose(0, 1)  # (B,G,3*D/G)
         reset, cand, update = gates.chunk(3, -1)  # thirds of each block
-        cand = torch.tanh(reset.sigmoid() * cand)
-        return torch.lerp(blocks, cand, update.sigmoid()).flatten(1)  # u * cand + (1 - u) * h
+        # u tanh(r c) + (1 - u) h
+        return torch.lerp(blocks, torch.tanh(reset.sigmoid() * cand), update.sigmoid()).flatten(1)
 
-    def observe_step(self, weights: dict, rows: dict, deter, stoch, noise) -> tuple:
+    def observe_step(self, weights: dict, biases: dict, deter, stoch, noise) -> tuple:
         """One posterior step: (B,D), (B,S*K), noise (B,S,K) -> h', z', logits (B,S,K)."""
-        deter = self.core(weights, rows, deter, stoch)
-        x = self.post_hid[1](torch.addmm(rows["post_hid"], deter, weights["post_hid"]))
-        logits = torch.addmm(rows["post_out"], x, weights["post_out"]).unflatten(-1, (self.stoch, self.classes))
-        stoch = sample_onehot(unimix(logits, self.mix), noise).to(deter.dtype).flatten(1)
-        return deter, stoch, logits
+        deter = self.core(weights, biases, deter, stoch)
+        x = self.post_hid[1](torch.addmm(biases["post_hid"], deter, weights["post_hid"]))
+        logits = torch.addmm(biases["post_out"], x, weights["post_out"]).unflatten(-1, (self.stoch, self.classes))
+        return deter, sample_onehot(unimix(logits, self.mix), noise).to(deter.dtype).flatten(1), logits
 
     def observe(self, tokens, prev_action, is_first, deter, stoch) -> tuple:
         """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), carry h (B,D), z (B,S*K)
         -> h (T,B,D), z (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
-        dtype, (weights, rows) = tokens.dtype, self.scan_weights(tokens.dtype)  # D5
+        dtype, (weights, biases) = tokens.dtype, self.scan_weights(tokens.dtype)  # D5
         keep = (~is_first).to(dtype)[..., None]  # trap: h, z and the previous action all start from zero in an episode
-        # rows of all steps, (T,...,B,out): in the backward pass one sum makes a bias's gradient, and `unbind` spares
-        # what row[t] would write, a full-size gradient for every t
-        rows = {k: row.expand(len(tokens), *row.shape[:-2], keep.shape[1], -1) for k, row in rows.items()}
-        rows["dense"] = self.action_row(weights, prev_action.to(dtype) * keep)
-        rows["post_hid"] = F.linear(tokens, self.post_hid[0].weight[:, self.deter :], self.post_hid[0].bias)
+        # of all steps, (T,...,B,out): one sum then makes a bias's gradient; `unbind`, because bias[t] would write a
+        # full-size gradient for every t
+        biases = {k: bias.expand(len(tokens), *bias.shape[:-2], keep.shape[1], -1) for k, bias in biases.items()}
+        biases["dense"] = self.action_row(weights, prev_action.to(dtype) * keep)
+        biases["post_hid"] = F.linear(tokens, self.post_hid[0].weight[:, self.deter :], self.post_hid[0].bias)
         deter, stoch, outs = deter.to(dtype), stoch.to(dtype), []
-        for *row, k, noise in zip(*(row.unbind() for row in rows.values()), keep.unbind(), self.noise(*is_first.shape)):
-            deter, stoch, logits = self.observe_step(weights, dict(zip(rows, row)), deter * k, stoch * k, noise)
+        steps = zip(*(bias.unbind() for bias in biases.values()), keep.unbind(), self.noise(*is_first.shape))
+        for *bias, k, noise in steps:
+            deter, stoch, logits = self.observe_step(weights, dict(zip(biases, bias)), deter * k, stoch * k, noise)
             outs.append((deter, stoch, logits))
         return tuple(map(torch.stack, zip(*outs)))
 
-    def imagine_step(self, weights: dict, rows: dict, deter, stoch, action, noise) -> tuple:
+    def imagine_step(self, weights: dict, biases: dict, deter, stoch, action, noise) -> tuple:  # D5
         """One step without observation: (N,D), (N,S*K), action (N,A), noise (N,S,K) -> h', z' ~ p(z' | h')."""
-        row = self.action_row(weights, action.to(deter.dtype))  # D5
-        deter = self.core(weights, dict(rows, dense=row), deter, stoch)
+        biases = dict(biases, dense=self.action_row(weights, action.to(deter.dtype)))
+        deter = self.core(weights, biases, deter, stoch)
         return deter, sample_onehot(unimix(self.prior(deter), self.mix), noise).to(deter.dtype).flatten(1)
 
 
@@ -711,7 +699,6 @@ class WorldModel(nn.Module):
 
 
 # ======== 8. behaviour ========
-
 class Behaviour(nn.Module):
     """Actor, critic and slow critic on feat = [h, z], trained in dreams. Source: `imag_loss`, `repl_loss`."""
 
@@ -813,11 +800,10 @@ class Behaviour(nn.Module):
 
 
 # ======== 9. update ========
-
 class LaProp:  # D6
     """Adaptive gradient clipping, RMS normalisation, then momentum. Source: `opt.py`, `Agent._make_opt`.
-    Per tensor: g /= max(1, |g| / (agc max(1e-3, |p|)));  v <- b2 v + (1-b2) g^2;  m <- b1 m + (1-b1) g / sqrt(v^);
-    p -= lr_k m^, where ^ is bias correction. The step counter is a tensor: no host reads. b2: the code's, paper .99."""
+    Per tensor: g /= max(1, |g| / (agc max(1e-3, |p|)));  v <- b2 v + (1-b2) g^2;  m <- b1 m + (1-b1) g / sqrt(v');
+    p -= lr_k m', where ' is bias correction. The step counter is a tensor: no host reads. b2: the code's, paper .99."""
 
     def __init__(self, params, lr: float, warmup: int, agc: float, beta1=0.9, beta2=0.999, eps=1e-20):
         self.params = [p for p in params if p.requires_grad]
@@ -827,7 +813,7 @@ class LaProp:  # D6
 
     @torch.no_grad()
     def step(self) -> dict[str, torch.Tensor]:
-        """One update from `p.grad`, then cleared. Metrics: gradient norm before clipping, share of tensors clipped."""
+        """One update from `p.grad`. Metrics: gradient norm before clipping, share of tensors clipped."""
         grads = [p.grad for p in self.params]
         grad_norm, param_norm = (torch.stack(torch._foreach_norm(x)) for x in (grads, self.params))
         clip = grad_norm / ((self.agc or math.inf) * param_norm.clamp(min=1e-3))
@@ -842,8 +828,6 @@ class LaProp:  # D6
         # linear warm-up from 0: the first update changes nothing (official)
         lr = self.lr * ((self.count - 1) / self.warmup).clamp(max=1) if self.warmup else self.lr
         torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, lr / correct1))
-        for p in self.params:
-            p.grad = None
         return {"grad/norm": grad_norm.norm(), "grad/clipped_share": (clip > 1).float().mean()}
 
     def state_dict(self) -> dict:
@@ -883,9 +867,9 @@ class Agent(nn.Module):  # D10
         rows, context = split_context(batch)
         with autocast(self.args, batch["deter"].device):
             losses, post, metrics = self.world.loss(rows, context)
-            more, ac_metrics = self.behaviour.loss(self.world, post, rows)
+            ac_losses, ac_metrics = self.behaviour.loss(self.world, post, rows)
         scales = dict(dyn=self.args.beta_dyn, rep=self.args.beta_rep, repval=self.args.beta_repval)  # all others 1
-        means = {k: v.mean() for k, v in {**losses, **more}.items()}
+        means = {k: v.mean() for k, v in {**losses, **ac_losses}.items()}
         total = sum(scales.get(k, 1.0) * v for k, v in means.items())  # D10
         metrics.update(ac_metrics, **{f"losses/{k}": v.detach() for k, v in means.items()})
         return total, {k: v.detach() for k, v in post.items()}, metrics
@@ -905,6 +889,7 @@ def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_si
     loss.backward()
     average_ranks([p.grad for p in optimizer.params])
     metrics.update(optimizer.step())
+    agent.zero_grad()
     # slow <- 0.98 slow + 0.02 online; trap: without .data its autograd graph grows with every update
     slow, online = ([p.data for p in m.parameters()] for m in (agent.behaviour.slow_critic, agent.behaviour.critic))
     torch._foreach_lerp_(slow, online, agent.args.slow_rate)
@@ -914,7 +899,6 @@ def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_si
 
 
 # ======== 10. evaluate and dream ========
-
 # ==== shared: evaluation ====
 def evaluate(agent, args, device: torch.device, step: int) -> dict[str, float]:
     """Metrics of `eval_episodes` whole episodes, equally many in each environment, so that short ones don't prevail."""
@@ -930,10 +914,10 @@ def evaluate(agent, args, device: torch.device, step: int) -> dict[str, float]:
         row = envs.step(state["action"].cpu().numpy())
     agent.train()
     returns, lengths = np.concatenate([episodes[:quota] for episodes in done]).T
-    print(f"evaluation at step {step}, {len(returns)} episodes: episodic_return {returns.mean():.4g}, "
-          f"return_std {returns.std():.3g}, episodic_length {lengths.mean():.4g}")
-    return {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std(),
-            "eval/episodic_length": lengths.mean()}
+    metrics = dict(episodic_return=returns.mean(), return_std=returns.std(), episodic_length=lengths.mean())
+    words = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    print(f"evaluation at step {step}, {len(returns)} episodes: {words}")
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def dream_video(truth: torch.Tensor, model: torch.Tensor, context: int, **numbers: torch.Tensor) -> tuple:
@@ -985,7 +969,6 @@ def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int
 
 
 # ======== 11. checkpoint and logging ========
-
 # ==== shared: checkpoint ====
 def save_checkpoint(run: Path, args, agent, optimizer, replay, device: torch.device, **counters) -> None:
     """checkpoint.pt with everything a resumed run needs. A kill or a full disk leaves the old one in its place."""
@@ -1027,7 +1010,6 @@ def stop_signals() -> list[int]:
 
 
 # ======== 12. main ========
-
 # ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags, over the arguments of the run that is resumed, or over the preset. Bad ones: one line, exit status 2."""
@@ -1054,8 +1036,8 @@ def validate(args: Args) -> Args:
     may_be_zero = "seed learning_starts eval_every video_every eval_episodes warmup".split()  # D13
     for f in fields(args):
         value, least = getattr(args, f.name), int("int" in f.type and f.name not in may_be_zero)
-        if type(value) in (int, float) and not least <= value <= 2e9:  # not bool; ale-py has 32-bit seeds
-            fail(f"--{f.name.replace('_', '-')} must be a number from {least} to 2e9, got {value}")
+        if type(value) in (int, float) and not least <= value <= 1e9:  # not bool; ale-py has 32-bit seeds
+            fail(f"--{f.name.replace('_', '-')} must be a number from {least} to 1e9, got {value}")
     if args.batch_length == 1 or args.image_size % 16:  # D8, D11
         fail("--batch-length is at least 2 (the critic bootstraps from the next step), --image-size a multiple of 16")
     if args.train_ratio == 0 or max(args.gamma, args.lam, args.unimix, args.actor_unimix, args.sticky_actions) > 1:
@@ -1065,12 +1047,11 @@ def validate(args: Args) -> Args:
 
 def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:  # D9
     """Fields of a replay row: name -> (shape, dtype). Nothing is lost: h in computation precision, z is one-hot."""
-    flag, number, rssm = ((), torch.bool), torch.float32, agent.world.rssm
-    obs = {k: (n, torch.uint8) if k == "image" else ((sum(n),), number) for k, n in shapes.items()}
-    return dict(obs, reward=((), number), is_first=flag, is_last=flag, is_terminal=flag,
-                action=((agent.behaviour.action_dim,), number),
-                deter=((rssm.deter,), torch.bfloat16 if args.precision == "bf16" else number),
-                stoch=((rssm.stoch * rssm.classes,), torch.uint8))
+    flag, real, rssm = ((), torch.bool), torch.float32, agent.world.rssm
+    obs = {k: (n, torch.uint8) if k == "image" else ((sum(n),), real) for k, n in shapes.items()}
+    return dict(obs, reward=((), real), is_first=flag, is_last=flag, is_terminal=flag,
+                action=((agent.behaviour.action_dim,), real), stoch=((rssm.stoch * rssm.classes,), torch.uint8),
+                deter=((rssm.deter,), torch.bfloat16 if args.precision == "bf16" else real))
 
 
 def main(args: Args) -> None:
@@ -1141,10 +1122,10 @@ def main(args: Args) -> None:
     state, row = agent.initial(num_envs, device), envs.reset()
     enough = min(args.batch_size * args.batch_length, (rows - length + 1) * args.num_envs)  # D13, official: B*T
     enough = args.num_envs if args.learning_starts else enough
-    while step < args.total_timesteps:
+    while step < args.total_timesteps and not stopping:
         state = agent.act(row, state)  # D13
         state["action"] *= torch.as_tensor(~row["is_last"], device=device)[:, None]  # none follows an episode's end
-        action = state["action"].cpu().numpy()
+        action = state["action"].cpu().numpy()  # before updates are queued: they run while the environment steps
         replay.add(row | state)  # D9, D12
         news = torch.tensor([(~row["is_first"]).sum(), bool(stop), replay.starts(length)], device=device)  # D9
         decisions, stopping, starts = gather_ranks(news).view(-1, 3).sum(0).tolist()  # all ranks must agree
@@ -1181,8 +1162,6 @@ def main(args: Args) -> None:
                     log_results(writer, step, *open_loop_video(agent, replay, args))
                 if due(args.eval_every) and args.eval_episodes and step < args.total_timesteps and not stopping:
                     log_results(writer, step, evaluate(agent, args, device, step))
-        if stopping:
-            break
         row = envs.step(action)
     bar.close()
     if rank == 0:

@@ -80,7 +80,6 @@ from torch.utils.tensorboard.summary import Summary
 from tqdm import tqdm
 
 # ======== 2. arguments ========
-
 @dataclass
 class Args:
     """IRIS: tokenizer, Transformer world model and actor-critic in one file. Counts accept 1_000_000 and 1e6."""
@@ -184,8 +183,7 @@ def start_ranks(name: str) -> tuple[int, int, torch.device]:
         # glibc: keep freed memory (no mmap, no trim); page faults on what was given back cost 2 to 17 % of an update
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        # rank 0 evaluates while the others wait
+    if world_size > 1:  # hours: rank 0 evaluates while the others wait
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return int(os.environ.get("RANK", 0)), world_size, device
 
@@ -210,7 +208,6 @@ def average_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 # ======== 3. pure functions ========
-
 def sample(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Indices (...) from softmax(logits (...,V)): argmax(p / e) with e ~ Exp(1) is an exact draw (exponential race).
     No checks and no host reads: a default update makes 362 draws, one after the other; noise of ones gives the mode."""
@@ -249,11 +246,9 @@ def to_frames(image: torch.Tensor) -> torch.Tensor:
 
 
 # ======== 4. environment ========
-
 # ==== shared: environment ====
 class Envs:
     """`num_envs` copies of an environment; a row of arrays (N,...) per step. Edit here for anything unusual.
-
     The step after an episode's end ignores its action and returns the next episode's first observation (NEXT_STEP), so
     is_first_{t+1} = is_last_t. A time limit is an end, but not terminal. Rewards are raw.
     Observations: uint8 images, resized and stacked by channel, are `image`; other Boxes, joined, are `vector`.
@@ -307,9 +302,8 @@ class Envs:
             self.shapes["vector"] = tuple(math.prod(spaces[k].shape) for k in self.vectors)  # the length of each part
 
     def reset(self) -> dict[str, np.ndarray]:
-        obs, _ = self.envs.reset(seed=self.seed)
         self.ret = self.length = self.over = zeros = np.zeros(self.num_envs, bool)
-        return self._row(obs, zeros, zeros, ~zeros)
+        return self._row(self.envs.reset(seed=self.seed)[0], zeros, zeros, ~zeros)
 
     def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
         """One policy step; `action` (N,A) one-hot, or raw continuous."""
@@ -321,8 +315,8 @@ class Envs:
             low, high = np.where(finite, self.act.low, -1), np.where(finite, self.act.high, 1)
             native = (low + (unit + 1) / 2 * (high - low)).clip(self.act.low, self.act.high).astype(self.act.dtype)
         obs, reward, terminated, truncated, info = self.envs.step(native)
-        # over: the next step resets
-        first, self.over = self.over, truncated | (terminated & (info["lives"] == 0) if self.life_loss else terminated)
+        dead = terminated & (info["lives"] == 0) if self.life_loss else terminated
+        first, self.over = self.over, truncated | dead  # over: the next step resets
         return self._row(obs, reward, terminated, first)
 
     def _row(self, obs, reward, terminated, first):
@@ -352,11 +346,9 @@ def make_envs(args: Args, num_envs: int, seed: int) -> Envs:
 
 
 # ======== 5. replay ========
-
 # ==== shared: replay storage ====
 class Storage:
     """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...) by field name.
-
     `specs`: name -> (shape, dtype). Each field is a memory-mapped file in `folder`, made if `new`: it takes no RAM of
     its own and survives a kill. `data`: a copy on the GPU if it fits in half of its free memory, else the files. New
     rows go to both. `beside`: bytes per row that someone else keeps on the same device.
@@ -406,7 +398,7 @@ class Storage:
         return dict(rows=self.rows)
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue at a checkpoint, without the old rows that were overwritten after it was made: others' numbers."""
+        """Continue at a checkpoint, without old rows that were overwritten after it was made: their numbers differ."""
         self.rows = state["rows"]
         newest = torch.arange(self.rows - 1, max(self.rows - self.capacity, 0) - 1, -1)
         self.size = int((self.files["number"][newest % self.capacity, 0] == newest).cumprod(0).sum())
@@ -485,7 +477,6 @@ class SegmentReplay(Storage):
 
 
 # ======== 6. networks ========
-
 # ==== shared: dense layer ====
 CPU_INFO = Path("/proc/cpuinfo")
 SLOW_MKL = CPU_INFO.exists() and {"AuthenticAMD", "avx512f"} <= set(CPU_INFO.read_text().split())
@@ -636,7 +627,6 @@ def pixel_distance(recon: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 # ======== 7. world model ========
-
 class Tokenizer(nn.Module):
     """Image -> K words of a codebook -> image. Both ways are deterministic. Section 2.1 (arXiv:2209.00588v2).
     As a variational autoencoder its posterior is one-hot, q(z|x) = 1 for the nearest word, and its prior uniform, so
@@ -820,7 +810,6 @@ class Dream:
 
 
 # ======== 8. behaviour ========
-
 class Behaviour(nn.Module):
     """Actor and critic: one CNN and LSTM with two heads, on reconstructions only, trained in dreams. Section 2.3."""
 
@@ -898,7 +887,6 @@ class Behaviour(nn.Module):
 
 
 # ======== 9. update ========
-
 PARTS = ("tokenizer", "world", "behaviour")  # in the order of an epoch
 
 
@@ -1058,7 +1046,6 @@ def train_step(part: str, agent: Agent, optimizers: Optimizers, replay: SegmentR
 
 
 # ======== 10. evaluate and dream ========
-
 # ==== shared: evaluation ====
 def evaluate(agent, args, device: torch.device, step: int) -> dict[str, float]:
     """Metrics of `eval_episodes` whole episodes, equally many in each environment, so that short ones don't prevail."""
@@ -1074,10 +1061,10 @@ def evaluate(agent, args, device: torch.device, step: int) -> dict[str, float]:
         row = envs.step(state["action"].cpu().numpy())
     agent.train()
     returns, lengths = np.concatenate([episodes[:quota] for episodes in done]).T
-    print(f"evaluation at step {step}, {len(returns)} episodes: episodic_return {returns.mean():.4g}, "
-          f"return_std {returns.std():.3g}, episodic_length {lengths.mean():.4g}")
-    return {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std(),
-            "eval/episodic_length": lengths.mean()}
+    metrics = dict(episodic_return=returns.mean(), return_std=returns.std(), episodic_length=lengths.mean())
+    words = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    print(f"evaluation at step {step}, {len(returns)} episodes: {words}")
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def dream_video(truth: torch.Tensor, model: torch.Tensor, context: int, **numbers: torch.Tensor) -> tuple:
@@ -1133,7 +1120,6 @@ def open_loop_video(agent: Agent, replay: SegmentReplay, args: Args, count: int 
 
 
 # ======== 11. checkpoint and logging ========
-
 # ==== shared: checkpoint ====
 def save_checkpoint(run: Path, args, agent, optimizer, replay, device: torch.device, **counters) -> None:
     """checkpoint.pt with everything a resumed run needs. A kill or a full disk leaves the old one in its place."""
@@ -1175,7 +1161,6 @@ def stop_signals() -> list[int]:
 
 
 # ======== 12. main ========
-
 # ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags, over the arguments of the run that is resumed, or over the preset. Bad ones: one line, exit status 2."""
@@ -1203,8 +1188,8 @@ def validate(args: Args) -> Args:
                    "behaviour_starts burn_in").split()
     for f in fields(args):
         value, least = getattr(args, f.name), int("int" in f.type and f.name not in may_be_zero)
-        if type(value) in (int, float) and not least <= value <= 2e9:  # not bool; ale-py has 32-bit seeds
-            fail(f"--{f.name.replace('_', '-')} must be a number from {least} to 2e9, got {value}")
+        if type(value) in (int, float) and not least <= value <= 1e9:  # not bool; ale-py has 32-bit seeds
+            fail(f"--{f.name.replace('_', '-')} must be a number from {least} to 1e9, got {value}")
     if args.image_size % 16 or args.channels % 2 or args.width % args.heads:
         fail("--image-size must be a multiple of 16 (four halvings), --channels even, --width a multiple of --heads")
     if min(args.batch_length, args.imag_horizon) < 2 or not args.temperature * args.eval_temperature * args.grad_clip:
