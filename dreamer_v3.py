@@ -74,8 +74,7 @@ import tyro
 from gymnasium.spaces import Box, Dict, Discrete
 from PIL import Image, ImageDraw
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import Summary
+from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
 # ======== 2. arguments ========
@@ -294,16 +293,14 @@ class Envs:
     def __init__(self, args, num_envs: int, seed: int, size: int, pixels: bool | None = None, **atari):
         self.num_envs, self.seed, self.size, self.atari = num_envs, seed, size, args.env_id.startswith("ALE/")
         self.life_loss = self.atari and atari.get("life_loss_info", False)
-        next_step = gymnasium.vector.AutoresetMode.NEXT_STEP
         wrappers = [lambda env: gymnasium.wrappers.RepeatAction(env, args.action_repeat)]
-        options = dict(vectorization_mode="sync", wrappers=wrappers, vector_kwargs=dict(autoreset_mode=next_step))
+        options = dict(vectorization_mode="sync", wrappers=wrappers, vector_kwargs=dict(autoreset_mode="NextStep"))
         try:
             if self.atari:
-                options = dict(
-                    img_height=210, img_width=160, grayscale=False, stack_num=1, frameskip=args.action_repeat,
-                    maxpool=True, noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
-                    repeat_action_probability=args.sticky_actions, max_num_frames_per_episode=108_000,
-                    autoreset_mode=next_step) | atari
+                options = dict(img_height=210, img_width=160, grayscale=False, stack_num=1, maxpool=True, noop_max=30,
+                               frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
+                               use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                               max_num_frames_per_episode=108_000, autoreset_mode="NextStep") | atari
             elif pixels is None:
                 with gymnasium.make(args.env_id) as probe:
                     pixels = len(getattr(probe.observation_space, "shape", None) or ()) != 3
@@ -311,8 +308,7 @@ class Envs:
                 wrappers.append(gymnasium.wrappers.AddRenderObservation)
                 options["render_mode"] = "rgb_array"
                 if "dm_control/" in args.env_id:  # official: small images, the camera that follows
-                    camera = 2 if "quadruped" in args.env_id else 0
-                    options["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
+                    options["render_kwargs"] = dict(height=size, width=size, camera_id=2 * ("quadruped" in args.env_id))
             self.envs = gymnasium.make_vec(args.env_id, num_envs, **options)
         except (gymnasium.error.Error, ImportError, AssertionError, TypeError, ValueError) as error:
             fail(f"--env-id {args.env_id}: {(str(error) or repr(error)).splitlines()[0]}")  # such as: did you mean ...
@@ -320,18 +316,15 @@ class Envs:
         if self.atari:  # as `_row` returns it
             space = Box(0, 255, (size, size, 1 if options["grayscale"] else 3), np.uint8)
         spaces = dict(space) if isinstance(space, Dict) else {"obs": space}
-        boxes = {k: s for k, s in spaces.items() if isinstance(s, Box)}
-        images = {k for k, s in boxes.items() if s.dtype == np.uint8 and len(s.shape) > 1}
-        self.images = sorted(k for k in images if len(spaces[k].shape) == 3 and spaces[k].shape[0] > 4)  # not (C,Y,X)
-        self.vectors = sorted(k for k in boxes.keys() - images if len(spaces[k].shape) < 3)
+        boxes = [(k, s.shape, s.dtype == np.uint8) for k, s in sorted(spaces.items()) if isinstance(s, Box)]
+        self.images = [k for k, shape, byte in boxes if byte and len(shape) == 3 and shape[0] > 4]  # not (C,Y,X)
+        self.vectors = [k for k, shape, byte in boxes if len(shape) < (2 if byte else 3)]
         self.discrete = isinstance(self.act, Discrete)
         if len(self.images + self.vectors) < len(spaces) or not (self.discrete or isinstance(self.act, Box)):
             fail(f"{args.env_id}: {space} with actions {self.act} is not supported; uint8 (Y,X,C) images, Box vectors "
                  "and Dicts of them are, with Discrete or Box actions (wrap the environment, or edit Envs)")
         self.action_dim = int(self.act.n) if self.discrete else math.prod(self.act.shape)
-        self.shapes = {}
-        if self.images:
-            self.shapes["image"] = (size, size, sum(spaces[k].shape[-1] for k in self.images))
+        self.shapes = dict(image=(size, size, sum(spaces[k].shape[-1] for k in self.images))) if self.images else {}
         if self.vectors:
             self.shapes["vector"] = tuple(math.prod(spaces[k].shape) for k in self.vectors)  # the length of each part
 
@@ -353,7 +346,7 @@ class Envs:
         first, self.over = self.over, truncated | dead  # over: the next step resets
         return self._row(obs, reward, terminated, first)
 
-    def _row(self, obs, reward, terminated, first):
+    def _row(self, obs, reward, death, first):
         self.ret = np.where(first, 0, self.ret + reward)
         self.length = np.where(first, 0, self.length + 1)
         if self.atari:
@@ -366,8 +359,7 @@ class Envs:
         if self.vectors:
             parts = [np.reshape(obs[k], (self.num_envs, -1)) for k in self.vectors]
             row["vector"] = np.concatenate(parts, -1, dtype=np.float32)
-        return dict(row, reward=reward.astype(np.float32), is_first=first,
-                    is_last=self.over | terminated, is_terminal=terminated)
+        return dict(row, reward=reward.astype(np.float32), is_first=first, is_last=self.over | death, is_terminal=death)
 # ==== end shared ====
 
 
@@ -385,8 +377,7 @@ class Storage:
     rows go to both. `beside`: bytes per row that someone else keeps on the same device.
     `rows` counts all rows ever added; the newest `size` of them are valid."""
 
-    def __init__(self, specs: dict, capacity: int, num_envs: int, device: torch.device, folder: Path, new: bool = True,
-                 beside: int = 0):
+    def __init__(self, specs, capacity: int, num_envs: int, device: torch.device, folder: Path, new=True, beside=0):
         self.capacity, self.num_envs, self.rows, self.size, self.files = capacity, num_envs, 0, 0, {}
         row, rows = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()), capacity * num_envs
         fits = device.type == "cuda" and (row + beside) * rows <= torch.cuda.mem_get_info(device)[0] / 2
@@ -398,12 +389,11 @@ class Storage:
             path, count = folder / f"{name}.bin", rows * math.prod(shape)
             if new:
                 with open(path, "wb") as file:
-                    file.truncate(count * dtype.itemsize)
                     if hasattr(os, "posix_fallocate"):  # takes the disk space: an OSError now, not a crash later
                         os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
-            if path.stat().st_size != count * dtype.itemsize:
+            elif path.stat().st_size != count * dtype.itemsize:
                 fail(f"{path} is damaged, or of other --num-envs, --precision, sizes or number of processes")
-            file = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+            file = torch.from_file(str(path), shared=True, size=count, dtype=dtype)  # makes an empty file long enough
             self.files[name] = file.view(capacity, num_envs, *shape)
         self.data = {name: file.to(self.device) for name, file in self.files.items()}
 
@@ -430,7 +420,7 @@ class Storage:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue at a checkpoint, without old rows that were overwritten after it was made: their numbers differ."""
-        self.rows = state["rows"]
+        vars(self).update(state)
         newest = torch.arange(self.rows - 1, max(self.rows - self.capacity, 0) - 1, -1)
         self.size = int((self.files["number"][newest % self.capacity, 0] == newest).cumprod(0).sum())
 # ==== end shared ====
@@ -441,10 +431,6 @@ class SequenceReplay(Storage):  # D9
     Online queue: once a stream has `length` new rows they are handed out once, before the uniform samples."""
 
     online = 0  # sequences that were handed out so
-
-    def starts(self, length: int) -> int:
-        """How many sequences of that length can be sampled."""
-        return max(self.size - length + 1, 0) * self.num_envs
 
     def sample(self, batch_size: int, length: int, online: bool = True) -> tuple[dict, torch.Tensor]:
         """-> fields (length,batch_size,...) on the device, and their positions for `write`."""
@@ -463,10 +449,6 @@ class SequenceReplay(Storage):  # D9
 
     def state_dict(self) -> dict:
         return dict(super().state_dict(), online=self.online)
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.online = state["online"]
 
 
 def split_context(batch: dict) -> tuple[dict, dict]:  # D9, D12
@@ -602,8 +584,8 @@ class RSSM(nn.Module):  # D5
         return torch.empty(*lead, self.stoch, self.classes, device=self.gru.bias.device).exponential_()
 
     def scan_weights(self, dtype: torch.dtype) -> tuple[dict, dict]:  # D5
-        """The products of a step, packed once per scan, in computation precision: name -> matrix, and name -> bias, a
-        row that is added. The caller adds the rows `dense` (action) and, to observe, `post_hid` (tokens)."""
+        """The products of a step, packed once per scan, in computation precision: matrices, and biases (rows), by name.
+        The caller adds the rows `dense` (action; official: a / sg(max(1, |a|)), equal) and `post_hid` (tokens)."""
         part, hidden = self.deter // self.blocks, self.in_deter[0].out_features
         joint = self.hid.weight[:, part:].transpose(0, 1).flatten(1)  # rows [x_h, x_z, x_a], columns in block order
         reset, cand, update = self.gru.bias.view(self.blocks, 1, -1).chunk(3, -1)
@@ -615,10 +597,6 @@ class RSSM(nn.Module):  # D5
                       post_out=self.post_out.bias[None])
         return tuple({k: v.to(dtype) for k, v in group.items()} for group in (weights, biases))
 
-    def action_row(self, weights: dict, action: torch.Tensor) -> torch.Tensor:
-        """The action's share of the block layer, (...,A) -> (...,D). Official: a / sg(max(1, |a|)), the same number."""
-        return self.in_action(action.clamp(-1, 1)) @ weights["action"]
-
     def core(self, weights: dict, biases: dict, deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
         """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K) -> (B,D); a is in the bias `dense`."""  # D5
         x_h = self.in_deter[1](torch.addmm(biases["in_deter"], deter, weights["in_deter"]))
@@ -628,8 +606,7 @@ class RSSM(nn.Module):  # D5
         own = torch.baddbmm(biases["own"], blocks.transpose(0, 1), weights["own"]).transpose(0, 1)  # (B,G,D/G)
         x = self.hid_norm((x.view_as(blocks) + own).flatten(1)).view_as(blocks)
         gates = torch.baddbmm(biases["gru"], x.transpose(0, 1), weights["gru"]).transpose(0, 1)  # (B,G,3*D/G)
-        reset, cand, update = gates.chunk(3, -1)  # thirds of each block
-        # u tanh(r c) + (1 - u) h
+        reset, cand, update = gates.chunk(3, -1)  # thirds of each block; h' = u tanh(r c) + (1 - u) h
         return torch.lerp(blocks, torch.tanh(reset.sigmoid() * cand), update.sigmoid()).flatten(1)
 
     def observe_step(self, weights: dict, biases: dict, deter, stoch, noise) -> tuple:
@@ -644,21 +621,19 @@ class RSSM(nn.Module):  # D5
         -> h (T,B,D), z (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
         dtype, (weights, biases) = tokens.dtype, self.scan_weights(tokens.dtype)  # D5
         keep = (~is_first).to(dtype)[..., None]  # trap: h, z and the previous action all start from zero in an episode
-        # of all steps, (T,...,B,out): one sum then makes a bias's gradient; `unbind`, because bias[t] would write a
-        # full-size gradient for every t
+        # of all steps, (T,...,B,out): one sum is a bias's gradient; `unbind`: bias[t] makes a full-size one for every t
         biases = {k: bias.expand(len(tokens), *bias.shape[:-2], keep.shape[1], -1) for k, bias in biases.items()}
-        biases["dense"] = self.action_row(weights, prev_action.to(dtype) * keep)
+        biases["dense"] = self.in_action(prev_action.to(dtype).clamp(-1, 1) * keep) @ weights["action"]
         biases["post_hid"] = F.linear(tokens, self.post_hid[0].weight[:, self.deter :], self.post_hid[0].bias)
         deter, stoch, outs = deter.to(dtype), stoch.to(dtype), []
-        steps = zip(*(bias.unbind() for bias in biases.values()), keep.unbind(), self.noise(*is_first.shape))
-        for *bias, k, noise in steps:
+        for *bias, k, noise in zip(*(x.unbind() for x in biases.values()), keep.unbind(), self.noise(*is_first.shape)):
             deter, stoch, logits = self.observe_step(weights, dict(zip(biases, bias)), deter * k, stoch * k, noise)
             outs.append((deter, stoch, logits))
         return tuple(map(torch.stack, zip(*outs)))
 
     def imagine_step(self, weights: dict, biases: dict, deter, stoch, action, noise) -> tuple:  # D5
         """One step without observation: (N,D), (N,S*K), action (N,A), noise (N,S,K) -> h', z' ~ p(z' | h')."""
-        biases = dict(biases, dense=self.action_row(weights, action.to(deter.dtype)))
+        biases = dict(biases, dense=self.in_action(action.to(deter.dtype).clamp(-1, 1)) @ weights["action"])
         deter = self.core(weights, biases, deter, stoch)
         return deter, sample_onehot(unimix(self.prior(deter), self.mix), noise).to(deter.dtype).flatten(1)
 
@@ -687,15 +662,13 @@ class WorldModel(nn.Module):
         for key, recon in self.decoder(deter, stoch).items():  # summed over pixels and channels or entries; no 1/2
             target = rows[key].to(recon.dtype) / 255 if key == "image" else symlog(rows[key])
             losses[key] = (at_least_float32(recon) - target).square().flatten(2).sum(-1)
-        # soft target: the continue head learns gamma * (1 - is_terminal), so a dream needs no other discount
-        target = (1 - rows["is_terminal"].float()) * self.args.gamma
+        target = (1 - rows["is_terminal"].float()) * self.args.gamma  # soft: a dream needs no other discount
         cont = at_least_float32(self.cont(feat))[..., 0]
         losses.update(dyn=dyn, rep=rep, reward=twohot_loss(self.reward(feat), rows["reward"], self.bins),
                       cont=F.binary_cross_entropy_with_logits(cont, target, reduction="none"))
-        metrics = {"wm/kl": kl.mean()}
-        for name, logits in (("post", post_logits), ("prior", prior_logits)):
-            metrics[f"wm/{name}_entropy"] = entropy(log_unimix(logits.detach(), self.args.unimix)).sum(-1).mean()
-        return losses, dict(deter=deter, stoch=stoch), metrics
+        entropies = {f"wm/{k}_entropy": entropy(log_unimix(logits.detach(), self.args.unimix)).sum(-1).mean()
+                     for k, logits in (("post", post_logits), ("prior", prior_logits))}
+        return losses, dict(deter=deter, stoch=stoch), {"wm/kl": kl.mean(), **entropies}
 
 
 # ======== 8. behaviour ========
@@ -704,8 +677,7 @@ class Behaviour(nn.Module):
 
     def __init__(self, feat: int, action_dim: int, discrete: bool, args: Args):
         super().__init__()
-        d = SIZES[args.size]
-        self.args, self.discrete, self.action_dim = args, discrete, action_dim
+        self.args, self.discrete, self.action_dim, d = args, discrete, action_dim, SIZES[args.size]
         outs = [init(nn.Linear(d, action_dim), 0.01) for _ in range(1 if discrete else 2)]  # logits, or mean and std
         self.actor = nn.ModuleList([mlp(feat, d, 3), *outs])
         self.critic = mlp(feat, d, 3, 255, scale=0.0)
@@ -779,8 +751,7 @@ class Behaviour(nn.Module):
 
     def replay_loss(self, value_logits, slow_logits, boot, rows: dict) -> tuple:  # D8
         """Critic on replayed states (T,B), `boot` = R_0 of the dream from each state; -> loss, return (T-1,B).
-        Here gamma is explicit and the terminal flag hard. An episode's last step has weight 0; if it was truncated, the
-        one before bootstraps from it."""
+        Gamma is explicit, the flag hard. An episode's last step has weight 0; truncated, it is bootstrapped from."""
         live, going_on = (1 - rows["is_terminal"].float()) * self.args.gamma, 1 - rows["is_last"].float()
         ret = lambda_return(rows["reward"], boot, live, going_on * self.args.lam)
         return going_on[:-1] * self.value_loss(value_logits[:-1], slow_logits[:-1], ret), ret
@@ -825,8 +796,7 @@ class LaProp:  # D6
         scale = torch._foreach_sqrt(torch._foreach_div(self.square, correct2))
         torch._foreach_div_(grads, torch._foreach_add(scale, self.eps))
         torch._foreach_lerp_(self.momentum, grads, 1 - self.beta1)
-        # linear warm-up from 0: the first update changes nothing (official)
-        lr = self.lr * ((self.count - 1) / self.warmup).clamp(max=1) if self.warmup else self.lr
+        lr = self.lr * ((self.count - 1) / self.warmup).clamp(max=1) if self.warmup else self.lr  # 0 first: official
         torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, lr / correct1))
         return {"grad/norm": grad_norm.norm(), "grad/clipped_share": (clip > 1).float().mean()}
 
@@ -876,9 +846,8 @@ class Agent(nn.Module):  # D10
 
     def compile_regions(self) -> None:
         """The steps and the decoder. Not the unrolled scan (minutes, no faster), not encoder and heads (no gain)."""
-        rssm = self.world.rssm
-        rssm.observe_step = torch.compile(rssm.observe_step, dynamic=False)
-        rssm.imagine_step = torch.compile(rssm.imagine_step, dynamic=False)
+        self.world.rssm.observe_step = torch.compile(self.world.rssm.observe_step, dynamic=False)
+        self.world.rssm.imagine_step = torch.compile(self.world.rssm.imagine_step, dynamic=False)
         self.world.decoder.compile(dynamic=False)
 
 
@@ -890,11 +859,9 @@ def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_si
     average_ranks([p.grad for p in optimizer.params])
     metrics.update(optimizer.step())
     agent.zero_grad()
-    # slow <- 0.98 slow + 0.02 online; trap: without .data its autograd graph grows with every update
     slow, online = ([p.data for p in m.parameters()] for m in (agent.behaviour.slow_critic, agent.behaviour.critic))
-    torch._foreach_lerp_(slow, online, agent.args.slow_rate)
-    # D9; weights that have diverged must not spoil rows that a checkpoint counts on
-    replay.write(index[1:], **{k: v.nan_to_num() for k, v in post.items()})
+    torch._foreach_lerp_(slow, online, agent.args.slow_rate)  # trap: without .data its graph grows with every update
+    replay.write(index[1:], **{k: v.nan_to_num() for k, v in post.items()})  # D9; no NaN in rows a checkpoint counts on
     return metrics
 
 
@@ -905,8 +872,7 @@ def evaluate(agent, args, device: torch.device, step: int) -> dict[str, float]:
     num_envs = min(args.eval_episodes, 16)
     quota, done = -(-args.eval_episodes // num_envs), [[] for _ in range(num_envs)]
     envs = make_envs(args, num_envs, args.seed + 10_000)
-    state, row = agent.initial(num_envs, device), envs.reset()
-    agent.eval()  # an agent that is greedy in evaluation looks at this
+    state, row = agent.eval().initial(num_envs, device), envs.reset()  # eval: some agents are greedy then
     while min(map(len, done)) < quota:
         for i in np.flatnonzero(row["is_last"]):
             done[i].append((envs.ret[i], envs.length[i]))
@@ -915,25 +881,22 @@ def evaluate(agent, args, device: torch.device, step: int) -> dict[str, float]:
     agent.train()
     returns, lengths = np.concatenate([episodes[:quota] for episodes in done]).T
     metrics = dict(episodic_return=returns.mean(), return_std=returns.std(), episodic_length=lengths.mean())
-    words = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    print(f"evaluation at step {step}, {len(returns)} episodes: {words}")
+    print(f"evaluation at step {step}, {len(returns)} episodes:", ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def dream_video(truth: torch.Tensor, model: torch.Tensor, context: int, **numbers: torch.Tensor) -> tuple:
     """Image errors, and GIF frames with rows truth, model, error (T,B,Y,X,C) in [0,1] and the `numbers` (T,B) below."""
     error = (model - truth).square().flatten(2).sum(-1)
-    metrics = {"dream/image_error_posterior": error[:context].mean().item(),
-               "dream/image_error_imagined": error[context:].mean().item()}
     grid = torch.stack([truth, model, (model - truth + 1) / 2], 1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     grid = grid[..., np.arange(3).clip(max=grid.shape[-1] - 1)]  # (T,3*Y,B*X,3); gray is repeated
     grid = F.pad((grid * 255).byte().repeat_interleave(2, 1).repeat_interleave(2, 2), (0, 0, 0, 0, 0, 14))
     frames = [Image.fromarray(frame) for frame in grid.cpu().numpy()]
-    for t, frame in enumerate(frames):
-        for b in range(truth.shape[1]):
-            words = ["imag" if t >= context else "post", *(f"{k[0]}{v[t, b]:.2f}" for k, v in numbers.items())]
-            ImageDraw.Draw(frame).text((2 + b * frame.width // truth.shape[1], frame.height - 14), " ".join(words))
-    return metrics, frames
+    for t, b in np.ndindex(*truth.shape[:2]):
+        words = ["imag" if t >= context else "post", *(f"{k[0]}{v[t, b]:.2f}" for k, v in numbers.items())]
+        ImageDraw.Draw(frames[t]).text((2 + 2 * b * truth.shape[3], 6 * truth.shape[2]), " ".join(words))
+    return {"dream/image_error_posterior": error[:context].mean().item(),
+            "dream/image_error_imagined": error[context:].mean().item()}, frames
 
 
 def log_results(writer: SummaryWriter, step: int, metrics: dict, frames: list | None = None) -> None:
@@ -944,9 +907,8 @@ def log_results(writer: SummaryWriter, step: int, metrics: dict, frames: list | 
         path = Path(writer.log_dir, "videos", f"dream_{step}.gif")
         path.parent.mkdir(exist_ok=True)
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=66, loop=0)
-        image = Summary.Image(height=frames[0].height, width=frames[0].width, colorspace=3,
-                              encoded_image_string=path.read_bytes())
-        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="dream/open_loop", image=image)]), step)
+        gif = dict(height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=path.read_bytes())
+        writer._get_file_writer().add_summary(summary.Summary(value=[dict(tag="dream/open_loop", image=gif)]), step)
 # ==== end shared ====
 
 
@@ -1019,8 +981,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     run = first.resume
     if run == "auto":
         files = Path(first.run_dir).glob(f"{run_name(first)}*/checkpoint.pt")
-        newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
-        run = str(newest.parent) if newest else ""
+        run = os.path.dirname(max(files, key=os.path.getmtime, default=""))
     default = Args(**load_checkpoint(Path(run))["args"]) if run else replace(Args(), **PRESETS[first.preset])
     return validate(replace(tyro.cli(Args, args=argv, default=default), resume=run))
 
@@ -1127,14 +1088,13 @@ def main(args: Args) -> None:
         state["action"] *= torch.as_tensor(~row["is_last"], device=device)[:, None]  # none follows an episode's end
         action = state["action"].cpu().numpy()  # before updates are queued: they run while the environment steps
         replay.add(row | state)  # D9, D12
-        news = torch.tensor([(~row["is_first"]).sum(), bool(stop), replay.starts(length)], device=device)  # D9
+        news = torch.tensor([(~row["is_first"]).sum(), len(stop), (replay.size - length + 1) * num_envs], device=device)
         decisions, stopping, starts = gather_ranks(news).view(-1, 3).sum(0).tolist()  # all ranks must agree
         before, step = step, step + decisions
-        if starts >= enough and step >= args.learning_starts:  # D13
-            # one update at first, then floor(new rows x ratio), the remainder carried; source: `when.Ratio`
-            stored = replay.rows * args.num_envs
+        if starts >= enough and step >= args.learning_starts:  # D9, D13
+            stored = replay.rows * args.num_envs  # one update first, then floor(new rows x ratio); `when.Ratio`
             count = int((stored - learned) * ratio) if updates else 1
-            learned = learned + count / ratio if updates else stored
+            learned = learned + count / ratio if updates else stored  # the remainder is carried
             for _ in range(count):
                 metrics = train_step(agent, optimizer, replay, batch_size)
             updates += count
@@ -1158,7 +1118,7 @@ def main(args: Args) -> None:
                 speed = {"charts/SPS": (step - bar.initial) / seconds, "charts/UPS": (updates - first) / seconds}
                 log_results(writer, step, {**speed, "charts/frames": step * args.action_repeat, **values})
             with torch.random.fork_rng([device] if cuda else []):  # looking changes nothing
-                if due(args.video_every) and "image" in replay.data and starts and not stopping:  # D9
+                if due(args.video_every) and "image" in replay.data and starts > 0 and not stopping:  # D9
                     log_results(writer, step, *open_loop_video(agent, replay, args))
                 if due(args.eval_every) and args.eval_episodes and step < args.total_timesteps and not stopping:
                     log_results(writer, step, evaluate(agent, args, device, step))

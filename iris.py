@@ -75,8 +75,7 @@ import tyro
 from gymnasium.spaces import Box, Dict, Discrete
 from PIL import Image, ImageDraw
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import Summary
+from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
 # ======== 2. arguments ========
@@ -260,16 +259,14 @@ class Envs:
     def __init__(self, args, num_envs: int, seed: int, size: int, pixels: bool | None = None, **atari):
         self.num_envs, self.seed, self.size, self.atari = num_envs, seed, size, args.env_id.startswith("ALE/")
         self.life_loss = self.atari and atari.get("life_loss_info", False)
-        next_step = gymnasium.vector.AutoresetMode.NEXT_STEP
         wrappers = [lambda env: gymnasium.wrappers.RepeatAction(env, args.action_repeat)]
-        options = dict(vectorization_mode="sync", wrappers=wrappers, vector_kwargs=dict(autoreset_mode=next_step))
+        options = dict(vectorization_mode="sync", wrappers=wrappers, vector_kwargs=dict(autoreset_mode="NextStep"))
         try:
             if self.atari:
-                options = dict(
-                    img_height=210, img_width=160, grayscale=False, stack_num=1, frameskip=args.action_repeat,
-                    maxpool=True, noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
-                    repeat_action_probability=args.sticky_actions, max_num_frames_per_episode=108_000,
-                    autoreset_mode=next_step) | atari
+                options = dict(img_height=210, img_width=160, grayscale=False, stack_num=1, maxpool=True, noop_max=30,
+                               frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
+                               use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                               max_num_frames_per_episode=108_000, autoreset_mode="NextStep") | atari
             elif pixels is None:
                 with gymnasium.make(args.env_id) as probe:
                     pixels = len(getattr(probe.observation_space, "shape", None) or ()) != 3
@@ -277,8 +274,7 @@ class Envs:
                 wrappers.append(gymnasium.wrappers.AddRenderObservation)
                 options["render_mode"] = "rgb_array"
                 if "dm_control/" in args.env_id:  # official: small images, the camera that follows
-                    camera = 2 if "quadruped" in args.env_id else 0
-                    options["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
+                    options["render_kwargs"] = dict(height=size, width=size, camera_id=2 * ("quadruped" in args.env_id))
             self.envs = gymnasium.make_vec(args.env_id, num_envs, **options)
         except (gymnasium.error.Error, ImportError, AssertionError, TypeError, ValueError) as error:
             fail(f"--env-id {args.env_id}: {(str(error) or repr(error)).splitlines()[0]}")  # such as: did you mean ...
@@ -286,18 +282,15 @@ class Envs:
         if self.atari:  # as `_row` returns it
             space = Box(0, 255, (size, size, 1 if options["grayscale"] else 3), np.uint8)
         spaces = dict(space) if isinstance(space, Dict) else {"obs": space}
-        boxes = {k: s for k, s in spaces.items() if isinstance(s, Box)}
-        images = {k for k, s in boxes.items() if s.dtype == np.uint8 and len(s.shape) > 1}
-        self.images = sorted(k for k in images if len(spaces[k].shape) == 3 and spaces[k].shape[0] > 4)  # not (C,Y,X)
-        self.vectors = sorted(k for k in boxes.keys() - images if len(spaces[k].shape) < 3)
+        boxes = [(k, s.shape, s.dtype == np.uint8) for k, s in sorted(spaces.items()) if isinstance(s, Box)]
+        self.images = [k for k, shape, byte in boxes if byte and len(shape) == 3 and shape[0] > 4]  # not (C,Y,X)
+        self.vectors = [k for k, shape, byte in boxes if len(shape) < (2 if byte else 3)]
         self.discrete = isinstance(self.act, Discrete)
         if len(self.images + self.vectors) < len(spaces) or not (self.discrete or isinstance(self.act, Box)):
             fail(f"{args.env_id}: {space} with actions {self.act} is not supported; uint8 (Y,X,C) images, Box vectors "
                  "and Dicts of them are, with Discrete or Box actions (wrap the environment, or edit Envs)")
         self.action_dim = int(self.act.n) if self.discrete else math.prod(self.act.shape)
-        self.shapes = {}
-        if self.images:
-            self.shapes["image"] = (size, size, sum(spaces[k].shape[-1] for k in self.images))
+        self.shapes = dict(image=(size, size, sum(spaces[k].shape[-1] for k in self.images))) if self.images else {}
         if self.vectors:
             self.shapes["vector"] = tuple(math.prod(spaces[k].shape) for k in self.vectors)  # the length of each part
 
@@ -319,7 +312,7 @@ class Envs:
         first, self.over = self.over, truncated | dead  # over: the next step resets
         return self._row(obs, reward, terminated, first)
 
-    def _row(self, obs, reward, terminated, first):
+    def _row(self, obs, reward, death, first):
         self.ret = np.where(first, 0, self.ret + reward)
         self.length = np.where(first, 0, self.length + 1)
         if self.atari:
@@ -332,8 +325,7 @@ class Envs:
         if self.vectors:
             parts = [np.reshape(obs[k], (self.num_envs, -1)) for k in self.vectors]
             row["vector"] = np.concatenate(parts, -1, dtype=np.float32)
-        return dict(row, reward=reward.astype(np.float32), is_first=first,
-                    is_last=self.over | terminated, is_terminal=terminated)
+        return dict(row, reward=reward.astype(np.float32), is_first=first, is_last=self.over | death, is_terminal=death)
 # ==== end shared ====
 
 
@@ -354,8 +346,7 @@ class Storage:
     rows go to both. `beside`: bytes per row that someone else keeps on the same device.
     `rows` counts all rows ever added; the newest `size` of them are valid."""
 
-    def __init__(self, specs: dict, capacity: int, num_envs: int, device: torch.device, folder: Path, new: bool = True,
-                 beside: int = 0):
+    def __init__(self, specs, capacity: int, num_envs: int, device: torch.device, folder: Path, new=True, beside=0):
         self.capacity, self.num_envs, self.rows, self.size, self.files = capacity, num_envs, 0, 0, {}
         row, rows = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()), capacity * num_envs
         fits = device.type == "cuda" and (row + beside) * rows <= torch.cuda.mem_get_info(device)[0] / 2
@@ -367,12 +358,11 @@ class Storage:
             path, count = folder / f"{name}.bin", rows * math.prod(shape)
             if new:
                 with open(path, "wb") as file:
-                    file.truncate(count * dtype.itemsize)
                     if hasattr(os, "posix_fallocate"):  # takes the disk space: an OSError now, not a crash later
                         os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
-            if path.stat().st_size != count * dtype.itemsize:
+            elif path.stat().st_size != count * dtype.itemsize:
                 fail(f"{path} is damaged, or of other --num-envs, --precision, sizes or number of processes")
-            file = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+            file = torch.from_file(str(path), shared=True, size=count, dtype=dtype)  # makes an empty file long enough
             self.files[name] = file.view(capacity, num_envs, *shape)
         self.data = {name: file.to(self.device) for name, file in self.files.items()}
 
@@ -399,7 +389,7 @@ class Storage:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue at a checkpoint, without old rows that were overwritten after it was made: their numbers differ."""
-        self.rows = state["rows"]
+        vars(self).update(state)
         newest = torch.arange(self.rows - 1, max(self.rows - self.capacity, 0) - 1, -1)
         self.size = int((self.files["number"][newest % self.capacity, 0] == newest).cumprod(0).sum())
 # ==== end shared ====
@@ -1052,8 +1042,7 @@ def evaluate(agent, args, device: torch.device, step: int) -> dict[str, float]:
     num_envs = min(args.eval_episodes, 16)
     quota, done = -(-args.eval_episodes // num_envs), [[] for _ in range(num_envs)]
     envs = make_envs(args, num_envs, args.seed + 10_000)
-    state, row = agent.initial(num_envs, device), envs.reset()
-    agent.eval()  # an agent that is greedy in evaluation looks at this
+    state, row = agent.eval().initial(num_envs, device), envs.reset()  # eval: some agents are greedy then
     while min(map(len, done)) < quota:
         for i in np.flatnonzero(row["is_last"]):
             done[i].append((envs.ret[i], envs.length[i]))
@@ -1062,25 +1051,22 @@ def evaluate(agent, args, device: torch.device, step: int) -> dict[str, float]:
     agent.train()
     returns, lengths = np.concatenate([episodes[:quota] for episodes in done]).T
     metrics = dict(episodic_return=returns.mean(), return_std=returns.std(), episodic_length=lengths.mean())
-    words = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    print(f"evaluation at step {step}, {len(returns)} episodes: {words}")
+    print(f"evaluation at step {step}, {len(returns)} episodes:", ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def dream_video(truth: torch.Tensor, model: torch.Tensor, context: int, **numbers: torch.Tensor) -> tuple:
     """Image errors, and GIF frames with rows truth, model, error (T,B,Y,X,C) in [0,1] and the `numbers` (T,B) below."""
     error = (model - truth).square().flatten(2).sum(-1)
-    metrics = {"dream/image_error_posterior": error[:context].mean().item(),
-               "dream/image_error_imagined": error[context:].mean().item()}
     grid = torch.stack([truth, model, (model - truth + 1) / 2], 1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     grid = grid[..., np.arange(3).clip(max=grid.shape[-1] - 1)]  # (T,3*Y,B*X,3); gray is repeated
     grid = F.pad((grid * 255).byte().repeat_interleave(2, 1).repeat_interleave(2, 2), (0, 0, 0, 0, 0, 14))
     frames = [Image.fromarray(frame) for frame in grid.cpu().numpy()]
-    for t, frame in enumerate(frames):
-        for b in range(truth.shape[1]):
-            words = ["imag" if t >= context else "post", *(f"{k[0]}{v[t, b]:.2f}" for k, v in numbers.items())]
-            ImageDraw.Draw(frame).text((2 + b * frame.width // truth.shape[1], frame.height - 14), " ".join(words))
-    return metrics, frames
+    for t, b in np.ndindex(*truth.shape[:2]):
+        words = ["imag" if t >= context else "post", *(f"{k[0]}{v[t, b]:.2f}" for k, v in numbers.items())]
+        ImageDraw.Draw(frames[t]).text((2 + 2 * b * truth.shape[3], 6 * truth.shape[2]), " ".join(words))
+    return {"dream/image_error_posterior": error[:context].mean().item(),
+            "dream/image_error_imagined": error[context:].mean().item()}, frames
 
 
 def log_results(writer: SummaryWriter, step: int, metrics: dict, frames: list | None = None) -> None:
@@ -1091,9 +1077,8 @@ def log_results(writer: SummaryWriter, step: int, metrics: dict, frames: list | 
         path = Path(writer.log_dir, "videos", f"dream_{step}.gif")
         path.parent.mkdir(exist_ok=True)
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=66, loop=0)
-        image = Summary.Image(height=frames[0].height, width=frames[0].width, colorspace=3,
-                              encoded_image_string=path.read_bytes())
-        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="dream/open_loop", image=image)]), step)
+        gif = dict(height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=path.read_bytes())
+        writer._get_file_writer().add_summary(summary.Summary(value=[dict(tag="dream/open_loop", image=gif)]), step)
 # ==== end shared ====
 
 
@@ -1170,8 +1155,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     run = first.resume
     if run == "auto":
         files = Path(first.run_dir).glob(f"{run_name(first)}*/checkpoint.pt")
-        newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
-        run = str(newest.parent) if newest else ""
+        run = os.path.dirname(max(files, key=os.path.getmtime, default=""))
     default = Args(**load_checkpoint(Path(run))["args"]) if run else replace(Args(), **PRESETS[first.preset])
     return validate(replace(tyro.cli(Args, args=argv, default=default), resume=run))
 

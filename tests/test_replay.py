@@ -55,7 +55,7 @@ def test_uniform_over_every_start(m, count, tmp_path):
     torch.manual_seed(0)
     length, envs = 4, 3
     replay = fill(m, 20, envs, count, tmp_path)
-    oldest, starts = max(count - 20, 0), replay.starts(length)
+    oldest, starts = max(count - 20, 0), (replay.size - length + 1) * envs
     assert starts == (min(count, 20) - length + 1) * envs
     counts = np.zeros((count, envs))
     for head in heads(replay, 400 * starts, length, online=False):
@@ -182,7 +182,7 @@ def test_resume_after_a_kill(m, rows, more, tmp_path):
         assert (replay.rows, replay.size) == (rows, min(rows, max(15 - more, 0)))
         for extra in (0, life):
             fill(m, 15, 2, extra, start=rows, replay=replay)
-            if replay.starts(4):
+            if replay.size >= 4:
                 heads(replay, 50, 4)
         more = max(more, life)
     fill(m, 15, 2, 20, start=rows + 2, replay=replay)
