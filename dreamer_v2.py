@@ -382,8 +382,8 @@ class Envs:
             low, high = np.where(finite, self.act.low, -1), np.where(finite, self.act.high, 1)
             native = (low + (unit + 1) / 2 * (high - low)).clip(self.act.low, self.act.high).astype(self.act.dtype)
         obs, reward, terminated, truncated, info = self.envs.step(native)
-        dead = terminated & (info["lives"] == 0) if self.life_loss else terminated
-        first, self.over = self.over, truncated | dead  # over: the next step resets
+        over = terminated & (info["lives"] == 0) if self.life_loss else terminated
+        first, self.over = self.over, truncated | over  # then the next step resets
         return self._row(obs, reward, terminated, first)
 
     def _row(self, obs, reward, death, first):
