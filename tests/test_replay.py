@@ -297,6 +297,15 @@ def test_announced_bytes_are_the_real_size(m, tmp_path, capsys):
 
 
 @STORAGE
+def test_files_are_whole_without_posix_fallocate(m, tmp_path, monkeypatch):
+    """On macOS and Windows."""
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    replay = m.Storage(SPECS, 5, 2, torch.device("cpu"), tmp_path / "replay")
+    for name, file in replay.files.items():
+        assert (tmp_path / "replay" / f"{name}.bin").stat().st_size == file.nbytes > 0
+
+
+@STORAGE
 def test_replay_is_on_a_gpu_where_it_fits_in_half_of_the_memory(m, tmp_path, monkeypatch, capsys):
     """With what is kept beside the rows; else in files."""
     specs, gpu = dict(image=((10, 10, 1), torch.uint8)), Elsewhere("cpu")

@@ -4,6 +4,7 @@ import math
 import re
 import warnings
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -129,3 +130,17 @@ def test_learning_waits_for_a_whole_episode(name, tmp_path, monkeypatch):
     tiny.run(name, tmp_path / "run", **flags)
     assert updates == [21, 21, 27, 30, 33, 39, 42, 45], "what is left of four steps is carried"
     assert len(states) == 19 - 8
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SCRIPTS])
+def test_layout_of_a_dream(name):
+    """Truth above model above their difference, both sequences side by side; below each the same words."""
+    truth, model = torch.zeros(3, 2, 8, 64, 3), torch.ones(3, 2, 8, 64, 3)
+    metrics, frames = load(name).dream_video(truth, model, 2, reward=torch.ones(3, 2))
+    video = torch.stack([torch.from_numpy(np.array(frame)) for frame in frames])
+    assert video.shape == (3, 6 * 8 + 14, 4 * 64, 3)
+    assert (video[:, :16] == 0).all() and (video[:, 16:48] == 255).all()
+    left, right = video[:, 48:].chunk(2, 2)
+    assert torch.equal(left, right) and left.amax((1, 2, 3)).min() > 0
+    assert torch.equal(left[0], left[1]) and not torch.equal(left[1], left[2]), "post, post, imag"
+    assert metrics["dream/image_error_posterior"] == metrics["dream/image_error_imagined"] == 8 * 64 * 3
