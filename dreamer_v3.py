@@ -588,7 +588,7 @@ class RSSM(nn.Module):  # D5
         The caller adds the rows `dense` (action; official: a / sg(max(1, |a|)), equal) and `post_hid` (tokens)."""
         part, hidden = self.deter // self.blocks, self.in_deter[0].out_features
         joint = self.hid.weight[:, part:].transpose(0, 1).flatten(1)  # rows [x_h, x_z, x_a], columns in block order
-        reset, cand, update = self.gru.bias.view(self.blocks, 1, -1).chunk(3, -1)
+        reset, cand, update = self.gru.bias.view(self.blocks, 1, -1).chunk(3, -1)  # official: sigmoid(update - 1)
         weights = dict(in_deter=self.in_deter[0].weight.T, in_stoch=self.in_stoch[0].weight.T, gru=self.gru.weight,
                        own=self.hid.weight[:, :part], dense=joint[: 2 * hidden], action=joint[2 * hidden :],
                        post_hid=self.post_hid[0].weight[:, : self.deter].T, post_out=self.post_out.weight.T)
