@@ -25,12 +25,12 @@ A training sequence is T+1 rows: row 0 only lends h_0, z_0 and action_0; losses 
 reward and continue belong to the state entered: R_k = r_{k+1} + c_{k+1} ((1-lam) v_{k+1} + lam R_{k+1}).
 
 Names: deter h, stoch z (some texts: s), feat s = [h, z], post_logits q, prior_logits p, cont c, ret R.
-Axes: T time, B batch, H imagination, N envs or dreams, S groups of K classes, D width of h, F feat, A actions.
+Axes: T time, B batch, H imagination, N envs or dreams, S groups of K classes, D width of h, F feat, A action.
 
-What changes from DreamerV2: symlog inputs and two-hot heads; a uniform share in all categoricals; free nats and
-two KL weights instead of balancing; a block-diagonal GRU and RMSNorm; the discount in the continue head's target;
-percentile-scaled returns; a critic that also learns from replay; one optimiser (LaProp, adaptive clipping) for
-one joint loss; latents kept in replay.
+What changes from DreamerV2: symlog inputs and two-hot heads; a uniform share in all categoricals; free nats
+and two KL weights instead of balancing; a block-diagonal GRU and RMSNorm; the discount in the continue head's
+target; percentile-scaled returns; a critic that also learns from replay; one optimiser (LaProp, adaptive
+clipping) for one joint loss; latents kept in replay.
 Differences from the official code: 1 % uniform share in the policy (as in the paper); a time limit is not
 terminal; the policy acts on the newest weights; size12m (GPU) or size1m (CPU) by default instead of size200m.
 SPDX-License-Identifier: MIT
@@ -57,6 +57,7 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +68,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from gymnasium.spaces import Box, Dict, Discrete, Text, Tuple, flatten, flatdim
+from gymnasium.spaces import Box, Dict, Discrete, Tuple, flatdim, flatten
 from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -103,7 +104,7 @@ class Args:
     sticky_actions: float = 0.0  # Atari: probability that a frame repeats the last action (200M: 0.25)
     pixels: bool = False  # learn from the rendered image instead of the environment's own observation
     # replay and schedule
-    buffer_size: int = 5_000_000  # replay rows over all environments (official); episodes have one more than steps
+    buffer_size: int = 5_000_000  # replay rows (official); an episode takes one more than it has steps
     batch_size: int = 16  # sequences per update, B (official)
     batch_length: int = 64  # steps per sequence, T (official)
     train_ratio: float = 256.0  # replayed steps per policy step (official; paper: 128)
@@ -130,14 +131,14 @@ class Args:
 PRESETS = {
     "default": {},
     "tiny": dict(
-        size="size1m", total_timesteps=1_200, batch_size=8, batch_length=16, train_ratio=32.0, lr=3e-4, warmup=50,
-        save_every=600, video_every=600, log_every=100, eval_episodes=1),
+        size="size1m", total_timesteps=1_200, batch_size=8, batch_length=16, train_ratio=32.0, lr=3e-4,
+        warmup=50, save_every=600, video_every=600, log_every=100, eval_episodes=1),
 }
 
 
 # ======== 2. pure functions ========
 def float32(x: torch.Tensor) -> torch.Tensor:
-    """Norms, softmaxes, losses and returns run in float32 also under bf16. float64 stays as it is, for tests."""
+    """Norms, softmaxes, losses and returns run in float32 also under bf16; float64 stays, for tests."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
@@ -154,7 +155,7 @@ def symexp_bins(count: int = 255) -> torch.Tensor:
 
 def twohot_loss(logits: torch.Tensor, target: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
     """Cross entropy of softmax(logits (...,K)) with twohot(target (...)). Eq. 11 (arXiv:2301.04104v2).
-    Only two entries of the target are not zero: -sum twohot * log_softmax = logsumexp - (their weighted logits)."""
+    Only two entries of twohot are not zero: -sum twohot * log_softmax = logsumexp - their weighted logits."""
     logits = float32(logits)
     target = target.clamp(bins[0], bins[-1])
     above = torch.bucketize(target, bins, right=True).clamp(max=len(bins) - 1)
@@ -211,7 +212,8 @@ def categorical_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, mix: float, free_nats: float) -> tuple:
-    """dyn and rep (T,B), and the KL itself. Eq. 3 (arXiv:2301.04104v2). Free nats apply to the sum over groups."""
+    """dyn and rep (T,B), and the KL itself. Eq. 3 (arXiv:2301.04104v2).
+    Trap: free nats apply to the sum over groups, not to each."""
     post = log_unimix(post_logits, mix)
     prior = log_unimix(prior_logits, mix)
     dyn = categorical_kl(post.detach(), prior)  # trains only the prior
@@ -219,9 +221,9 @@ def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, mix: float,
     return dyn.clamp(min=free_nats), rep.clamp(min=free_nats), dyn.detach()
 
 
-def lambda_return(reward: torch.Tensor, value: torch.Tensor, live: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
-    """R_k = r_{k+1} + live_{k+1} ((1-lam_{k+1}) v_{k+1} + lam_{k+1} R_{k+1}), R_H = v_H. Eq. 7 (arXiv:2301.04104v2).
-    Inputs (H+1,...), result (H,...). `live` contains the discount."""
+def lambda_return(reward, value, live, lam) -> torch.Tensor:
+    """R_k = r_{k+1} + live_{k+1} ((1-lam_{k+1}) v_{k+1} + lam_{k+1} R_{k+1}), R_H = v_H.
+    Eq. 7 (arXiv:2301.04104v2). Inputs (H+1,...), result (H,...). `live` contains the discount."""
     ret = value[-1]
     rets = []
     for t in reversed(range(1, len(value))):
@@ -234,7 +236,7 @@ def lambda_return(reward: torch.Tensor, value: torch.Tensor, live: torch.Tensor,
 def init(layer: nn.Module, scale: float = 1.0, fan_in: int | None = None) -> nn.Module:
     """Bias 0, weight normal truncated at 2 sigma with std scale/sqrt(fan_in)."""
     sigma = 1.1368 / math.sqrt(fan_in or layer.weight[0].numel())
-    nn.init.trunc_normal_(layer.weight, 0.0, sigma, -2 * sigma, 2 * sigma)  # trap: bounds are values, not multiples
+    nn.init.trunc_normal_(layer.weight, 0.0, sigma, -2 * sigma, 2 * sigma)  # trap: bounds are no multiples
     layer.weight.data *= scale
     nn.init.zeros_(layer.bias)
     return layer
@@ -247,7 +249,7 @@ class BlockLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
         self.bias = nn.Parameter(torch.empty(outputs))
-        init(self, fan_in=inputs)  # trap: the fan-in of one block would give sqrt(blocks) times larger weights
+        init(self, fan_in=inputs)  # trap: the fan-in of one block gives sqrt(blocks) times larger weights
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.unflatten(-1, self.weight.shape[:2])  # (N,G,in/G)
@@ -263,7 +265,7 @@ class NormSiLU(nn.RMSNorm):
 
 
 class Float32Linear(nn.Linear):
-    """Linear layer that runs in float32 under autocast. Trap: in bf16 a value near 200 is one of three numbers."""
+    """Runs in float32 under autocast. Trap: in bf16 values near 200 have three different numbers."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -282,7 +284,7 @@ def mlp(inputs: int, units: int, layers: int, outputs: int = 0) -> nn.Sequential
 
 
 def twohot_head(inputs: int, units: int, layers: int, bins: int = 255) -> nn.Sequential:
-    """MLP to the logits of two-hot bins. Its last layer starts at zero, so that it predicts exactly 0 at first."""
+    """MLP to the logits of two-hot bins. Its last layer starts at zero, so it predicts exactly 0 at first."""
     return nn.Sequential(*mlp(inputs, units, layers), init(Float32Linear(units, bins), 0.0))
 
 
@@ -291,8 +293,8 @@ def conv5(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 def upsample_convolve(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
-    """Nearest upsampling x2, then the 5x5 convolution: `conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))`.
-    Computed at low resolution in 60 % of the time: each of the four output phases sees 3x3 of a summed 6x6 kernel."""
+    """Nearest upsampling x2, then 5x5 convolution: `conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))`.
+    At low resolution, in 60 % of the time: each of the four output phases sees 3x3 of a summed 6x6 kernel."""
     kernel = 4 * F.avg_pool2d(conv.weight, 2, stride=1, padding=1)  # (out,in,6,6)
     phases = [kernel[:, :, y::2, x::2] for y in (1, 0) for x in (1, 0)]
     weight = torch.stack(phases, 1).flatten(0, 1)  # (4*out,in,3,3)
@@ -300,7 +302,7 @@ def upsample_convolve(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
 
 
 class Encoder(nn.Module):
-    """Observations -> tokens (T,B,E): vectors through an MLP, the image through 4 x [conv, max-pool, norm, SiLU]."""
+    """Observations -> tokens (T,B,E): MLP for the vector, 4 x [conv, max-pool, norm, SiLU] for the image."""
 
     def __init__(self, shapes: dict, units: int, depth: int, layers: int = 3):
         super().__init__()
@@ -352,7 +354,7 @@ class Decoder(nn.Module):
         out = {}
         if "vector" in self.shapes:
             x = self.mlp(torch.cat([stoch, deter], -1))
-            out["vector"] = torch.cat([linear(x) for linear in self.vectors], -1)  # one layer per part (official)
+            out["vector"] = torch.cat([layer(x) for layer in self.vectors], -1)  # one per part (official)
         if "image" in self.shapes:
             x = self.from_deter(deter.flatten(0, 1)).unflatten(-1, self.grid)
             x = x.permute(0, 2, 3, 1, 4)  # (T*B,y,x,G,C/G)
@@ -366,7 +368,7 @@ class Decoder(nn.Module):
 
 # ======== 4. world model ========
 class RSSM(nn.Module):
-    """Recurrent state-space model: h_t = core(h, z, a), prior p(z_t | h_t), posterior q(z_t | h_t, tokens_t)."""
+    """Recurrent state-space model: h_t = core(h, z, a), prior p(z_t|h_t), posterior q(z_t|h_t,tokens_t)."""
 
     def __init__(self, deter, hidden, stoch, classes, blocks, action_dim, tokens, mix):
         super().__init__()
@@ -381,7 +383,7 @@ class RSSM(nn.Module):
         self.prior = mlp(deter, hidden, 2, stoch * classes)
 
     def core(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Block-diagonal GRU: h (B,D), z (B,S*K), a (B,A) -> h' (B,D). A block sees its slice of h and all of x."""
+        """Block-diagonal GRU: h (B,D), z (B,S*K), a (B,A) -> h' (B,D). A block sees its part of h."""
         action = action.to(deter.dtype).clamp(-1, 1)
         x = torch.cat([self.in_deter(deter), self.in_stoch(stoch), self.in_action(action)], -1)
         blocks = deter.unflatten(-1, (self.blocks, -1))  # (B,G,D/G)
@@ -424,7 +426,7 @@ class RSSM(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward and continue heads. One width d sizes all: h has 8d units, z 32 x d/16 classes."""
+    """Encoder, RSSM, decoder, reward and continue heads. One width d sizes all: h 8d units, z 32 x d/16."""
 
     def __init__(self, shapes: dict, action_dim: int, args: Args):
         super().__init__()
@@ -489,7 +491,7 @@ class Behaviour(nn.Module):
         self.register_buffer("bins", symexp_bins(), persistent=False)
 
     def policy(self, feat: torch.Tensor):
-        """Log-probabilities (...,A) of one-hot actions, or a Normal whose raw sample the environment clips."""
+        """Log-probabilities (...,A) of one-hot actions, or a Normal; the environment clips its samples."""
         x = self.actor(feat)
         mean = float32(self.actor_mean(x))
         if self.discrete:
@@ -505,7 +507,7 @@ class Behaviour(nn.Module):
         return policy.sample()
 
     @torch.no_grad()  # REINFORCE needs no gradient through the dream
-    def imagine(self, rssm: RSSM, deter: torch.Tensor, stoch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def imagine(self, rssm: RSSM, deter: torch.Tensor, stoch: torch.Tensor) -> tuple:
         """Roll the policy out from h (N,D), z (N,S*K) -> feat (H+1,N,F), action (H,N,A)."""
         feats, actions = [torch.cat([deter, stoch], -1)], []
         for _ in range(self.args.imag_horizon):
@@ -517,7 +519,7 @@ class Behaviour(nn.Module):
 
     @torch.no_grad()
     def return_scale(self, ret: torch.Tensor) -> torch.Tensor:
-        """max(1, S), S = EMA(Per95 - Per5, 0.99). Eq. 8 (arXiv:2301.04104v2). Starts at 0, no bias correction."""
+        """max(1, S), S = EMA(Per95 - Per5, 0.99). Eq. 8 (arXiv:2301.04104v2). From 0, no bias correction."""
         batch = gather_ranks(ret.flatten())  # percentiles over all dreams and steps at once
         low = batch.quantile(0.05)
         high = batch.quantile(0.95)
@@ -530,7 +532,7 @@ class Behaviour(nn.Module):
         return twohot_loss(logits, ret.detach(), self.bins) + twohot_loss(logits, slow_value, self.bins)
 
     def imagination_losses(self, world: WorldModel, start: dict) -> tuple[dict, torch.Tensor, dict]:
-        """Actor and critic losses (H,N) and returns (H,N) of dreams from every posterior state. Eq. 5 to 7."""
+        """Actor and critic losses (H,N), returns (H,N) of dreams from every posterior state. Eq. 5 to 7."""
         feat, action = self.imagine(world.rssm, start["deter"], start["stoch"])
         with torch.no_grad():  # the behaviour must not bend the world model
             reward, cont = world.predict_reward(feat), world.predict_cont(feat)
@@ -561,7 +563,7 @@ class Behaviour(nn.Module):
         return losses, ret, metrics
 
     def replay_loss(self, post: dict, boot: torch.Tensor, rows: dict) -> torch.Tensor:
-        """Critic on replayed states (T,B); `boot` is R_0 of the dream from each. Also trains the world model."""
+        """Critic on replayed states; `boot` (T,B): R_0 of the dream from each. Trains the world model too."""
         feat = torch.cat([post["deter"], post["stoch"]], -1)  # not detached
         logits = self.critic(feat)
         slow_logits = self.slow_critic(feat.detach())
@@ -583,8 +585,9 @@ class Behaviour(nn.Module):
 # ======== 6. update ========
 class LaProp:
     """Adaptive gradient clipping, RMS normalisation, then momentum:
-    g /= max(1, |g| / (agc max(1e-3, |p|)));  v <- b2 v + (1-b2) g^2;  m <- b1 m + (1-b1) g / sqrt(v');  p -= lr m'
-    with ' for bias correction. The counter is a tensor: no host reads."""
+    g /= max(1, |g| / (agc max(1e-3, |p|)))
+    v <- b2 v + (1-b2) g^2;  m <- b1 m + (1-b1) g / sqrt(v');  p <- p - lr m'   (' is bias correction)
+    Source: `opt.clip_by_agc`, `scale_by_rms`, `scale_by_momentum`. The counter is a tensor: no host reads."""
 
     def __init__(self, params, lr: float, warmup: int, agc: float, beta1=0.9, beta2=0.999, eps=1e-20):
         self.params = [p for p in params if p.requires_grad]
@@ -642,8 +645,8 @@ class Agent(nn.Module):
         return self.world.bins.device
 
     def autocast(self):
-        """bf16 for matrix products and convolutions. Trap: with autocast's cache, weights first used under no_grad (the
-        actor, in the dream) would stay without gradient in the same update."""
+        """bf16 for matrix products and convolutions. Trap: with autocast's cache, weights first used under
+        no_grad (the actor's, in the dream) would stay without gradient in the same update."""
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16", cache_enabled=False)
 
@@ -662,13 +665,14 @@ class Agent(nn.Module):
         """Row (N,...) and state -> new {deter, stoch, action}; sampled in evaluation too (official)."""
         obs = {k: torch.as_tensor(v, device=self.device)[None] for k, v in row.items()}
         with self.autocast():
+            tokens = self.world.encoder(obs)
             deter, stoch, _ = self.world.rssm.observe(
-                self.world.encoder(obs), state["action"][None], obs["is_first"], state["deter"], state["stoch"])
+                tokens, state["action"][None], obs["is_first"], state["deter"], state["stoch"])
             action = self.behaviour.sample(torch.cat([deter[0], stoch[0]], -1))
         return dict(deter=float32(deter[0]), stoch=float32(stoch[0]), action=action)
 
     def loss(self, batch: dict) -> tuple[torch.Tensor, dict, dict]:
-        """Replay rows (T+1,B,...) -> scalar loss, posterior for replay, metrics. Eq. 2 (arXiv:2301.04104v2)."""
+        """Replay rows (T+1,B,...) -> scalar loss, posterior for replay, metrics. Eq. 2."""
         rows = {k: v[1:] for k, v in batch.items()}
         context = dict(
             prev_action=batch["action"][:-1], is_first=rows["is_first"],
@@ -685,7 +689,8 @@ class Agent(nn.Module):
 
 
 def train_step(agent: Agent, optimizer: LaProp, replay: Replay, batch_size: int) -> dict[str, torch.Tensor]:
-    """One update: sample, loss, backward, optimiser, slow critic, fresh latents to replay; -> metrics. No host reads."""
+    """One update: sample, loss, backward, optimiser, slow critic, latents to replay -> metrics.
+    Fixed shapes and no host reads."""
     args = agent.args
     batch, index = replay.sample(batch_size, args.batch_length + 1)
     batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
@@ -700,7 +705,7 @@ def train_step(agent: Agent, optimizer: LaProp, replay: Replay, batch_size: int)
         for slow, fast in zip(behaviour.slow_critic.parameters(), behaviour.critic.parameters()):
             slow.lerp_(fast, args.slow_rate)
 
-    # latents in replay stay as fresh as the sequences that are drawn; a run that diverges leaves none that are not finite
+    # what is drawn again finds fresh latents; a run that diverges must not spoil rows of its last checkpoint
     replay.write(index[1:], **{k: v.nan_to_num() for k, v in post.items()})
     return metrics
 
@@ -728,7 +733,7 @@ def find_spec(env_id: str) -> gymnasium.envs.registration.EnvSpec:
 
 
 class Envs:
-    """`num_envs` copies of an environment; `reset` and `step` return a row of arrays (N,...). Edit here for your own.
+    """`num_envs` copies of an environment; `reset` and `step` return a row of arrays (N,...).
     The step after an episode's end ignores its action and returns the next episode's first observation, so
     is_first_{t+1} = is_last_t. A time limit is an end, but not terminal. Rewards are raw.
     `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
@@ -742,15 +747,17 @@ class Envs:
         options = dict(vectorization_mode="sync", vector_kwargs=dict(autoreset_mode="NextStep"))
         if self.atari:
             options = dict(
-                autoreset_mode="NextStep", img_height=210, img_width=160, grayscale=False, stack_num=1, maxpool=True,
-                noop_max=30, frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
-                use_fire_reset=False, reward_clipping=False, episodic_life=False, max_num_frames_per_episode=108_000)
+                autoreset_mode="NextStep", img_height=210, img_width=160, grayscale=False, stack_num=1,
+                maxpool=True, frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
+                noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                max_num_frames_per_episode=108_000)
             options.update(atari)
         elif pixels:
             options.update(render_options(spec, args.image_size))
         if not self.atari:
-            repeat = lambda env: gymnasium.wrappers.RepeatAction(env, args.action_repeat)
-            options["wrappers"] = [repeat, gymnasium.wrappers.AddRenderObservation] if pixels else [repeat]
+            options["wrappers"] = [partial(gymnasium.wrappers.RepeatAction, num_repeats=args.action_repeat)]
+            if pixels:
+                options["wrappers"].append(gymnasium.wrappers.AddRenderObservation)
         try:
             self.envs = gymnasium.make_vec(spec.id, num_envs, **options)
         except gymnasium.error.DependencyNotInstalled as error:
@@ -760,7 +767,7 @@ class Envs:
         self.discrete = isinstance(self.action_space, Discrete)
         self.action_dim = flatdim(self.action_space) if isinstance(self.action_space, (Discrete, Box)) else 0
         if not self.action_dim:
-            fail(f"{args.env_id} has actions {self.action_space}; Discrete and Box are supported (wrap the environment)")
+            fail(f"{args.env_id} has actions {self.action_space}; Discrete and Box are supported")
         space = self.envs.single_observation_space
         if self.atari:  # as `row` hands it on: a stack of one frame is an image
             channels = 1 if options["grayscale"] else 3
@@ -798,7 +805,7 @@ class Envs:
             width = (space.high - space.low).astype(np.float64)  # infinite also where it overflows
         low = space.low.astype(np.float64)
         if np.issubdtype(space.dtype, np.integer):
-            native = np.floor(low + share * (width + 1)).clip(low, space.high)  # every integer has an equal share
+            native = np.floor(low + share * (width + 1)).clip(low, space.high)  # equal shares
         else:
             native = np.where(np.isfinite(width), low + share * width, unit.clip(space.low, space.high))
         return native.astype(space.dtype)
@@ -813,7 +820,7 @@ class Envs:
             finite = np.isfinite(row.get(name, reward)).reshape(self.num_envs, -1).all(-1)
             if not finite.all():
                 bad = finite.argmin()
-                fail(f"{name} of environment {bad} is not finite at step {self.length[bad]} of its episode; stopped")
+                fail(f"{name} of environment {bad} is not finite at step {self.length[bad]} of its episode")
         return row
 
 
@@ -841,9 +848,28 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 # ==== shared: observations, images and vectors ====
+def is_image(space: gymnasium.Space) -> bool:
+    """uint8 (Y,X,C) with 1 to 4 channels, or a stack (K,Y,X,C) of such."""
+    if not isinstance(space, Box) or space.dtype != np.uint8:
+        return False
+    return len(space.shape) in (3, 4) and space.shape[-1] <= 4
+
+
+def is_text(space: gymnasium.Space) -> bool:
+    """Words: Text, and MiniGrid's missions."""
+    return space.dtype is not None and space.dtype.kind == "U"
+
+
+def is_vector(space: gymnasium.Space) -> bool:
+    """What can be flattened without a guess: numbers, categories, Boxes that do not look like an image."""
+    if isinstance(space, Box):
+        return len(space.shape) < (2 if space.dtype == np.uint8 else 3)
+    return not is_text(space) and space.is_np_flattenable
+
+
 class Observation:
-    """Batched observations -> `image` (N,size,size,C) uint8 and `vector` (N,...) float32, whichever there are.
-    Images are uint8 (Y,X,C) with 1 to 4 channels, or a stack (K,Y,X,C) of such; all else is flattened; text is left out.
+    """Batched observations -> `image` (N,size,size,C) uint8, `vector` (N,...) float32, whichever there are.
+    Images are joined by channel, all else is flattened and joined, text is left out.
     `shapes`: image (size,size,C), vector (length of each part)."""
 
     def __init__(self, space: gymnasium.Space, size: int):
@@ -853,15 +879,15 @@ class Observation:
         channels = 0
         lengths = []
         for name, part, _ in self.parts(space, None):
-            if isinstance(part, Text):
+            if is_text(part):
                 print(f"{name} is text and left out: {part}")
-            elif self.is_image(part):
+            elif is_image(part):
                 channels += part.shape[-1] * (part.shape[0] if len(part.shape) == 4 else 1)
-            elif isinstance(part, Box) and (len(part.shape) > 2 or part.dtype == np.uint8 and len(part.shape) == 2):
-                fail(f"{name} {part} is no uint8 image (Y,X,C) with 1 to 4 channels; make it one with "
-                     "gymnasium.wrappers.TransformObservation, or flatten it with gymnasium.wrappers.FlattenObservation")
-            else:
+            elif is_vector(part):
                 lengths.append(flatdim(part))
+            else:
+                fail(f"{name} {part} is no uint8 image (Y,X,C) with 1 to 4 channels, and no vector; "
+                     "make it one with gymnasium.wrappers.TransformObservation or FlattenObservation")
         if channels:
             self.shapes["image"] = (size, size, channels)
         if sum(lengths):
@@ -870,7 +896,7 @@ class Observation:
             fail(f"nothing to observe in {space}")
 
     def parts(self, space: gymnasium.Space, obs, name: str = "observation"):
-        """(name, space, value) of everything in a Dict or Tuple, however nested; keys in sorted order (official)."""
+        """(name, space, value) of everything in a nested Dict or Tuple; keys in sorted order (official)."""
         if isinstance(space, Dict):
             children = [(key, space[key]) for key in sorted(space)]
         elif isinstance(space, Tuple):
@@ -881,19 +907,15 @@ class Observation:
         for key, child in children:
             yield from self.parts(child, None if obs is None else obs[key], f"{name}[{key!r}]")
 
-    @staticmethod
-    def is_image(space: gymnasium.Space) -> bool:
-        return isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) in (3, 4) and space.shape[-1] <= 4
-
     def __call__(self, obs) -> dict[str, np.ndarray]:
         images = []
         vectors = []
         for _, part, value in self.parts(self.space, obs):
-            if self.is_image(part):
+            if is_image(part):
                 if value.ndim == 5:  # (N,K,Y,X,C), frames stacked: they become channels
                     value = np.concatenate(value.swapaxes(0, 1), -1)
                 images.append(resize(value, self.size))
-            elif not isinstance(part, Text):
+            elif is_vector(part):
                 vectors.append(np.stack([flatten(part, x) for x in value]).astype(np.float32))
         row = {}
         if images:
@@ -911,24 +933,34 @@ def make_envs(args: Args, num_envs: int, *key: int) -> Envs:
 
 # ======== 8. replay ========
 # ==== shared: replay storage ====
+def row_bytes(specs: dict) -> int:
+    """Bytes of one replay row."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+
+
+def check_disk(run: Path, specs: dict, rows: int) -> None:
+    """Fail before the run begins if the disk has no room for `rows` rows."""
+    needed = rows * row_bytes(specs) / 2**30
+    free = shutil.disk_usage(run).free / 2**30
+    if needed > free:
+        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+
+
 class Storage:
-    """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...) by field name,
+    """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...),
     in memory-mapped files that need no RAM of their own and survive a crash. `specs`: name -> (shape, dtype).
     `data` is a copy on the GPU if that fits in half of its free memory, else the files."""
 
-    def __init__(self, specs: dict, capacity: int, num_envs: int, folder: Path, device: torch.device, new: bool = True):
+    def __init__(self, specs: dict, capacity: int, num_envs: int, folder: Path, device, new: bool = True):
         self.capacity = capacity
         self.num_envs = num_envs
         self.rows = 0  # ever added, per stream
         self.size = 0  # valid, per stream
-        size = capacity * num_envs * sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+        size = capacity * num_envs * row_bytes(specs)
         fits = device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2
         self.device = device if fits else torch.device("cpu")
-        print(f"replay: at most {capacity * num_envs:,} rows, {size / 2**30:.2f} GiB in {folder}, sampled on {self.device}")
+        print(f"replay: up to {capacity * num_envs:,} rows, {size / 2**30:.2f} GiB, sampled on {self.device}")
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if new and size > free:
-            fail(f"replay needs up to {size / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} free: lower --buffer-size")
 
         self.files = {}
         for name, (shape, dtype) in specs.items():
@@ -956,9 +988,9 @@ class Storage:
         return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}, index
 
     def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
-        """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one wins, as if
-        they were written one after the other (official). Trap: one indexed write of duplicates has no defined order,
-        so all that share a position write the value of the last."""
+        """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one
+        wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
+        no defined order, so all that share a position write the value of the last."""
         position = index.T.flatten()
         ordered, order = position.sort(stable=True)
         last = order[torch.searchsorted(ordered, position, right=True) - 1]
@@ -971,15 +1003,15 @@ class Storage:
         return dict(rows=self.rows)
 
     def load_state_dict(self, state: dict, lost: int) -> None:
-        """`lost`: rows that may have been overwritten between the checkpoint and a crash; they do not count as valid."""
+        """`lost`: rows that may have been overwritten between the checkpoint and a crash: not used."""
         self.rows = state["rows"]
         self.size = max(min(self.rows, self.capacity - lost), 0)
 # ==== end shared ====
 
 
 class Replay(Storage):
-    """Uniform sequences that may cross episode borders. Online queue: once a stream has `length` new rows, they are
-    handed out once, before the uniform samples. Source: `Replay`, `selectors.Uniform`."""
+    """Uniform sequences that may cross episode borders. Online queue: once a stream has `length` new rows,
+    they are handed out once, before the uniform samples. Source: `Replay`, `selectors.Uniform`."""
 
     queued = 0  # sequences handed out by the online queue
 
@@ -1000,7 +1032,8 @@ class Replay(Storage):
                     env[b] = stream
 
         batch, index = self.gather(start + torch.arange(length, device=self.device)[:, None], env)
-        batch["is_first"][0] = True  # a sequence begins as an episode does, and an abandoned episode ends (official)
+        batch["is_first"][0] = True  # a sequence begins as an episode does (official)
+        # an episode that a resume cut off ends (official)
         batch["is_last"][:-1] |= batch["is_first"][1:]
         return batch, index
 
@@ -1032,11 +1065,11 @@ def replay_specs(shapes: dict, action_dim: int, rssm: RSSM) -> dict:
 # ======== 9. evaluate and dream ========
 # ==== shared: evaluation ====
 def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
-    """Statistics of `eval_episodes` whole episodes, equally many in each environment, so that short ones do not prevail.
-    `stop`: not empty once a signal has come; then there is no result. No episode lasts longer than on Atari."""
+    """Statistics of `eval_episodes` whole episodes, equally many in each environment, so that short ones do
+    not prevail. `stop`: not empty once a signal has come; then there is no result."""
     num_envs = min(args.eval_episodes, 16)
     per_env = math.ceil(args.eval_episodes / num_envs)
-    limit = 108_000 // args.action_repeat
+    limit = 108_000 // args.action_repeat  # policy steps, as on Atari: some environments have no end
     envs = make_envs(args, num_envs, 1)
     row = envs.reset()
     state = agent.initial(num_envs)
@@ -1083,8 +1116,8 @@ def save_gif(video: torch.Tensor, writer: SummaryWriter, step: int) -> None:
 
 
 @torch.no_grad()
-def dream_video(agent: Agent, replay: Replay, count: int = 4, context: int = 5) -> tuple[torch.Tensor, dict[str, float]]:
-    """Frames (T,3*Y,count*X,C) of replayed sequences side by side, rows truth, model, error, and the image errors.
+def dream_video(agent: Agent, replay: Replay, count: int = 4, context: int = 5) -> tuple[torch.Tensor, dict]:
+    """Frames (T,3*Y,count*X,C) of replayed sequences side by side, rows truth, model, error, and the errors.
     The first `context` steps see the images, the rest are dreamed with the recorded actions."""
     rssm = agent.world.rssm
     context = min(context, agent.args.batch_length // 2)
@@ -1121,11 +1154,13 @@ def fail(message: str):
 
 def save_checkpoint(run: Path, args: Args, **state) -> None:
     """Written beside the old one, then put in its place: a kill at any moment leaves a whole file."""
-    rng = [torch.get_rng_state()]
+    state["script"] = Path(__file__).stem
+    state["args"] = asdict(args)
+    state["rng"] = [torch.get_rng_state()]
     if torch.cuda.is_available():
-        rng.append(torch.cuda.get_rng_state())
+        state["rng"].append(torch.cuda.get_rng_state())
     try:
-        torch.save(dict(script=Path(__file__).stem, args=asdict(args), rng=rng, **state), run / "checkpoint.tmp")
+        torch.save(state, run / "checkpoint.tmp")
         os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")
     except (OSError, RuntimeError) as error:
         fail(f"{run}/checkpoint.pt could not be written: {error}")
@@ -1143,7 +1178,8 @@ def load_checkpoint(run: Path) -> dict:
         saved = None
     if not isinstance(saved, dict) or "args" not in saved:
         fail(f"{path} is damaged or no checkpoint")
-    if saved["script"] != Path(__file__).stem or saved["args"].keys() != {field.name for field in fields(Args)}:
+    known = {field.name for field in fields(Args)}
+    if saved["script"] != Path(__file__).stem or saved["args"].keys() != known:
         fail(f"{path} was made by {saved['script']}.py, or by another version of this script")
     return saved
 
@@ -1178,7 +1214,7 @@ def lock(run: Path):
 
 
 def stop_signals() -> list:
-    """A list that is not empty once SIGINT, SIGTERM or SIGUSR1 (Slurm, before its time limit) has come: save and end."""
+    """A list that is not empty once SIGINT, SIGTERM or SIGUSR1 (Slurm) has come: save and end."""
     stop = []
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -1190,7 +1226,7 @@ def stop_signals() -> list:
 # ======== 11. main ========
 # ==== shared: device and ranks ====
 def start_ranks(name: str) -> tuple[int, int, torch.device]:
-    """(rank, number of ranks, device) of this process for --device. With torchrun its processes form a group."""
+    """(rank, number of ranks, device) of this process for --device. torchrun's processes form a group."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -1218,7 +1254,7 @@ def average_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def gather_ranks(x: torch.Tensor) -> torch.Tensor:
-    """(n,...) of every rank -> (ranks*n,...): statistics of the joint batch, and what all ranks must agree on."""
+    """(n,...) of every rank -> (ranks*n,...): statistics of the joint batch, and what all must agree on."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -1227,14 +1263,14 @@ def gather_ranks(x: torch.Tensor) -> torch.Tensor:
 
 
 def keep_freed_memory() -> None:
-    """glibc: do not return freed memory to the system. Its page faults take a third of an update on a CPU (B16 x T64)."""
+    """glibc: do not return freed memory to the system; page faults take a third of an update on a CPU."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def seed_generators(seed: int, rank: int, life: int) -> int:
-    """Seed Python's and NumPy's global generators, which some environments draw from -> a seed for torch's."""
+    """Seed Python's and NumPy's global generators, from which some environments draw -> a seed for torch."""
     own = int(make_seeds(1, seed, 2, rank, life)[0])
     random.seed(own)
     np.random.seed(own)
@@ -1286,7 +1322,7 @@ def check_positive(args: Args, names: str) -> None:
 
 def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
-    check_positive(args, "total_timesteps num_envs image_size batch_size train_ratio imag_horizon log_every save_every")
+    check_positive(args, "total_timesteps num_envs image_size batch_size train_ratio imag_horizon save_every")
     if args.image_size % 16:
         fail("--image-size must be a multiple of 16")
     if args.batch_length < 2:
@@ -1302,7 +1338,7 @@ def check_args(args: Args) -> None:
 
 # ==== shared: logging ====
 def start_log(run: Path, args: Args, step: int) -> SummaryWriter:
-    """TensorBoard events without those that a killed life wrote beyond `step`; the script that made the run."""
+    """TensorBoard events, without those that a killed life wrote beyond `step`; a copy of the script."""
     writer = SummaryWriter(str(run), purge_step=step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")
     shutil.copy(__file__, run)
@@ -1322,7 +1358,7 @@ def speeds(bar: tqdm, step: int, updates: int) -> dict[str, float]:
 
 
 def read_metrics(metrics: dict[str, torch.Tensor], step: int, run: Path) -> dict[str, float]:
-    """Metrics as numbers, in one transfer to the host. A loss that is not finite ends the run before it is saved."""
+    """Metrics as numbers, in one transfer to the host. A loss that is not finite ends the run, unsaved."""
     values = torch.stack([value.float() for value in metrics.values()]).tolist()
     values = dict(zip(metrics, values))
     for name, value in values.items():
@@ -1355,7 +1391,7 @@ def main(args: Args) -> None:
     debt = saved.get("debt", 1.0)  # updates that are due
     life = saved.get("life", -1) + 1  # how often the run was resumed
     if args.num_envs % ranks or args.batch_size % ranks:
-        fail(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {ranks} processes")
+        fail(f"--num-envs and --batch-size must be multiples of the {ranks} processes")
     num_envs = args.num_envs // ranks
     batch_size = args.batch_size // ranks
 
@@ -1372,13 +1408,15 @@ def main(args: Args) -> None:
 
     # ---- run directory and replay, as they were where a run is resumed ----
     length = args.batch_length + 1  # one row lends its latents and action
-    # a replay row more than steps in every episode: at worst twice as many (the files are sparse)
+    # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
     capacity = saved.get("capacity") or min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
     if capacity < length:
-        fail(f"a sequence of --batch-length + 1 = {length} rows is longer than the replay of {capacity} per environment")
+        fail(f"replay of {capacity} rows per environment is shorter than --batch-length + 1: --buffer-size")
     run = make_run(args, device)
     held = lock(run) if rank == 0 else None
     specs = replay_specs(envs.shapes, envs.action_dim, agent.world.rssm)
+    if not saved:
+        check_disk(run, specs, min(args.buffer_size, args.total_timesteps))
     replay = Replay(specs, capacity, num_envs, run / f"replay{rank}", device, new=not saved)
     if saved:
         load_weights(agent, saved["agent"])
@@ -1390,8 +1428,9 @@ def main(args: Args) -> None:
     ratio = args.train_ratio / (args.batch_size * args.batch_length)
     if rank == 0:
         count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-        print(f"{device}, {args.precision}, {args.size}: {count:,} parameters\n"
-              f"{ratio:g} updates per policy step (batch {args.batch_size} x {args.batch_length})\nrun directory {run}")
+        print(f"{device}, {args.precision}, {args.size}: {count:,} parameters")
+        print(f"{ratio:g} updates per policy step (batch {args.batch_size} x {args.batch_length})")
+        print(f"run directory {run}")
         writer = start_log(run, args, step)
 
     def due(every: int) -> bool:
@@ -1399,8 +1438,8 @@ def main(args: Args) -> None:
 
     def save() -> None:
         save_checkpoint(
-            run, args, step=step, updates=updates, debt=debt, life=life, capacity=capacity, agent=agent.state_dict(),
-            optimizer=optimizer.state_dict(), replay=replay.state_dict())
+            run, args, step=step, updates=updates, debt=debt, life=life, capacity=capacity,
+            agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict())
 
     def dream() -> None:
         if "image" in replay.data and replay.size > length:
@@ -1412,6 +1451,7 @@ def main(args: Args) -> None:
     stop = stop_signals()
     stopping = False
     metrics = {}
+    ret = math.nan
     bar = progress_bar(args, step, rank)
     row = envs.reset()
     state = agent.initial(num_envs)
@@ -1440,7 +1480,7 @@ def main(args: Args) -> None:
         for ret, steps in episodes:
             tqdm.write(f"global_step={step}, episodic_return={ret}")
             log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": steps}, step)
-        bar.set_postfix(updates=updates, refresh=False)
+        bar.set_postfix(episodic_return=ret, updates=updates, refresh=False)
         bar.update(step - before)
         if metrics and (due(args.log_every) or due(args.save_every)):
             values = read_metrics(metrics, step, run)
