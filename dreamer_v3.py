@@ -688,7 +688,7 @@ class Agent(nn.Module):
         return total, {k: v.detach() for k, v in post.items()}, metrics
 
 
-def train_step(agent: Agent, optimizer: LaProp, replay: Replay, batch_size: int) -> dict[str, torch.Tensor]:
+def train_step(agent: Agent, optimizer: LaProp, replay: Replay, batch_size: int) -> dict:
     """One update: sample, loss, backward, optimiser, slow critic, latents to replay -> metrics.
     Fixed shapes and no host reads."""
     args = agent.args
@@ -738,8 +738,8 @@ class Envs:
     is_first_{t+1} = is_last_t. A time limit is an end, but not terminal. Rewards are raw.
     `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
 
-    def __init__(self, args, num_envs: int, seeds: np.ndarray, pixels: bool = False, **atari):
-        """`pixels`: see the rendered image. `atari`: other options for ale-py's own vector environment."""
+    def __init__(self, args, num_envs: int, seeds: np.ndarray, size: int, pixels: bool = False, **atari):
+        """`size`: side of the image. `pixels`: see the rendered one. `atari`: options of ale-py's own."""
         spec = find_spec(args.env_id)
         self.num_envs = num_envs
         self.seeds = seeds
@@ -753,7 +753,7 @@ class Envs:
                 max_num_frames_per_episode=108_000)
             options.update(atari)
         elif pixels:
-            options.update(render_options(spec, args.image_size))
+            options.update(render_options(spec, size))
         if not self.atari:
             options["wrappers"] = [partial(gymnasium.wrappers.RepeatAction, num_repeats=args.action_repeat)]
             if pixels:
@@ -772,7 +772,7 @@ class Envs:
         if self.atari:  # as `row` hands it on: a stack of one frame is an image
             channels = 1 if options["grayscale"] else 3
             space = Box(0, 255, (options["img_height"], options["img_width"], channels), np.uint8)
-        self.observation = Observation(space, args.image_size)
+        self.observation = Observation(space, size)
         self.shapes = self.observation.shapes
 
     def reset(self) -> dict[str, np.ndarray]:
@@ -839,6 +839,13 @@ def render_options(spec: gymnasium.envs.registration.EnvSpec, size: int) -> dict
     return options
 
 
+def is_image(space: gymnasium.Space) -> bool:
+    """uint8 (Y,X,C) with 1 to 4 channels, or a stack (K,Y,X,C) of such."""
+    if not isinstance(space, Box) or space.dtype != np.uint8:
+        return False
+    return len(space.shape) in (3, 4) and space.shape[-1] <= 4
+
+
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """(N,Y,X,C) uint8 -> (N,size,size,C), as Pillow's antialiased BILINEAR (official)."""
     x = torch.from_numpy(image).permute(0, 3, 1, 2)
@@ -848,13 +855,6 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 # ==== shared: observations, images and vectors ====
-def is_image(space: gymnasium.Space) -> bool:
-    """uint8 (Y,X,C) with 1 to 4 channels, or a stack (K,Y,X,C) of such."""
-    if not isinstance(space, Box) or space.dtype != np.uint8:
-        return False
-    return len(space.shape) in (3, 4) and space.shape[-1] <= 4
-
-
 def is_text(space: gymnasium.Space) -> bool:
     """Words: Text, and MiniGrid's missions."""
     return space.dtype is not None and space.dtype.kind == "U"
@@ -928,7 +928,7 @@ class Observation:
 
 def make_envs(args: Args, num_envs: int, *key: int) -> Envs:
     """Anything with `reset`, `step`, `shapes`, `action_dim`, `discrete`, `ret` and `length` will do."""
-    return Envs(args, num_envs, make_seeds(num_envs, args.seed, *key), args.pixels)
+    return Envs(args, num_envs, make_seeds(num_envs, args.seed, *key), args.image_size, args.pixels)
 
 
 # ======== 8. replay ========
@@ -1071,13 +1071,14 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
     per_env = math.ceil(args.eval_episodes / num_envs)
     limit = 108_000 // args.action_repeat  # policy steps, as on Atari: some environments have no end
     envs = make_envs(args, num_envs, 1)
+    agent.eval()  # some agents act greedily then
     row = envs.reset()
     state = agent.initial(num_envs)
     returns = [[] for _ in range(num_envs)]
     lengths = [[] for _ in range(num_envs)]
     while min(len(done) for done in returns) < per_env:
         if stop:
-            return {}
+            break
         for i in np.flatnonzero(row["is_last"]):
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
@@ -1090,6 +1091,9 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
         state = agent.act(row, state)
         row = envs.step(state["action"].cpu().numpy())
 
+    agent.train()
+    if stop:
+        return {}
     returns = np.concatenate([done[:per_env] for done in returns])
     lengths = np.concatenate([done[:per_env] for done in lengths])
     return {
