@@ -21,20 +21,20 @@ Which obs, action and reward share an index. A replay row t holds
     obs_t  reward_t  is_first_t  is_last_t  is_terminal_t | action_t
     arrived together, caused by action_{t-1}              | chosen here
 
-A training sequence is T rows of one episode; its row 0 counts as is_first: memory begins with zeros. In a dream
-reward and discount belong to the state itself: V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H.
+A training sequence is T rows of one episode; its row 0 counts as is_first: memory begins with zeros. In a
+dream reward and discount belong to the state itself: V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H.
 
 Names: deter h, stoch z (some texts: s), feat s = [h, z], post_logits q, prior_logits p, cont the discount d,
 value v, slow_value the target critic, target V. Axes: T time, B batch, H imagination, N envs or dreams,
 S groups of K classes, D width of h, F feat, A action.
 
-What changes from DreamerV1: 32 categoricals with straight-through gradients instead of a Gaussian; KL balancing;
-a GRU with layer norm; a predicted discount; a target critic; Reinforce for discrete actions; ends of episodes
-are replayed more often.
+What changes from DreamerV1: 32 categoricals with straight-through gradients instead of a Gaussian; KL
+balancing; a GRU with layer norm; a predicted discount; a target critic; Reinforce for discrete actions; ends of
+episodes are replayed more often.
 Differences from the official code: float32 or bfloat16 instead of float16; feat is [h, z] instead of [z, h];
 0 to 29 no-ops at reset instead of 1 to 30; the environment is not reset between random actions and policy;
-replay counts rows, resetting rows too; --actor-grad both with continuous actions cuts the sample's gradient in
-its log-probability, the official code does not.
+replay counts rows, resetting rows too; --actor-grad both with continuous actions cuts the sample's gradient
+in its log-probability, the official code does not.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -557,7 +557,7 @@ class Behaviour(nn.Module):
 
     @torch.no_grad()
     def update_slow_critic(self) -> None:
-        """slow <- slow + rate (critic - slow) every `slow_every` updates; a copy after the first (official)."""
+        """slow <- slow + rate (critic - slow) every `slow_every` updates; a copy after the first."""
         due = self.updates % self.args.slow_every == 0
         rate = torch.where(self.updates == 0, 1.0, self.args.slow_rate * due)
         for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters()):
@@ -962,8 +962,8 @@ class Storage:
 
 class Replay(Storage):
     """Chunks of finished episodes: an episode uniformly, so steps of short ones come more often, then a start
-    in it. With `prioritize_ends` the start is min(randint(R - T + 1 + T), R - T) for an episode of R rows: its
-    last chunk comes with probability (T + 1) / (R + 1). Source: `common/replay.py`."""
+    in it. With `prioritize_ends` that is min(randint(R - T + 1 + T), R - T) for an episode of R rows: its last
+    chunk comes with probability (T + 1) / (R + 1). Source: `common/replay.py`."""
 
     def __init__(self, *args, length: int, prioritize_ends: bool, **options):
         super().__init__(*args, **options)
