@@ -1258,12 +1258,21 @@ def average_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def gather_ranks(x: torch.Tensor) -> torch.Tensor:
-    """(n,...) of every rank -> (ranks*n,...): statistics of the joint batch, and what all must agree on."""
+    """(n,...) of every rank -> (ranks*n,...): statistics of the joint batch."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+def sum_ranks(counts: list, device: torch.device) -> list[int]:
+    """Sums of small integers over ranks: what all must agree on. A single process asks no device."""
+    total = torch.tensor([int(count) for count in counts])
+    if dist.is_initialized():
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.tolist()
 
 
 def keep_freed_memory() -> None:
@@ -1465,8 +1474,7 @@ def main(args: Args) -> None:
         replay.add(row | state)
         ended = row["is_last"]
         episodes = list(zip(envs.ret[ended], envs.length[ended]))
-        news = torch.tensor([[(~row["is_first"]).sum(), len(stop)]], device=device)
-        decisions, stopping = gather_ranks(news).sum(0).tolist()  # the same for all ranks
+        decisions, stopping = sum_ranks([(~row["is_first"]).sum(), len(stop)], device)
         before = step
         step += decisions
         row = envs.step(state["action"].cpu().numpy())
