@@ -267,7 +267,7 @@ def test_train_ratio(name, ratio, tmp_path, monkeypatch):
     monkeypatch.setattr(v3, "train_step", train_step)
     monkeypatch.setattr(v3, "stop_signals", list)
     v3.main(v3.parse_args([
-        "--env-id=envs:Scripted-v0", f"--run-dir={tmp_path}", "--total-timesteps=200", "--device=cpu",
+        "--env-id=envs:Scripted-v0", f"--run-dir={tmp_path}", "--total-timesteps=190", "--device=cpu",
         "--size=size1m", "--batch-size=2", "--batch-length=8", f"--train-ratio={ratio / 64}",  # official: 16 x 64
         "--eval-episodes=0"]))
     assert rows[0] == 16 + 8
