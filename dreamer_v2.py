@@ -592,7 +592,7 @@ class Adam:
         average_ranks(grads)
         with torch.no_grad():
             norm = torch.stack(torch._foreach_norm(grads)).norm()
-            torch._foreach_mul_(grads, (self.clip / norm).clamp(max=1))
+            grads = torch._foreach_mul(grads, (self.clip / norm).clamp(max=1))
 
             self.count += 1
             correct1 = 1 - self.beta1 ** self.count
@@ -972,7 +972,7 @@ class Replay(Storage):
         self.prioritize_ends = prioritize_ends
         self.begun = [0] * self.num_envs  # first row of the running episode
         self.episodes = []  # (first row, number of rows, environment), the oldest first
-        self.unusable = 0  # episodes that are too short, or too long for the ring
+        self.unusable = 0  # episodes in a row that were too short, or too long for the ring
 
     def add(self, row: dict) -> None:
         super().add(row)
@@ -988,6 +988,7 @@ class Replay(Storage):
                 if self.length < rows <= self.size:
                     self.episodes.append((self.begun[env], rows, env))
                     self.episodes.sort()
+                    self.unusable = 0
                 else:
                     self.unusable += 1
         while self.episodes and self.episodes[0][0] < self.rows - self.size:
@@ -1468,7 +1469,7 @@ def main(args: Args) -> None:
             for _ in range(due_updates):
                 metrics = train_step(agent, optimizer, replay, batch_size)
             updates += due_updates
-        elif step >= args.learning_starts and not updates:
+        elif step >= args.learning_starts:
             replay.check_usable()
 
         # ---- now and then: log, save, dream, evaluate; rank 0 alone ----
