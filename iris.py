@@ -1,6 +1,6 @@
-"""IRIS in one file: learn a discrete autoencoder and a GPT over its tokens, then learn to act in their dreams.
+"""IRIS in one file: learn a discrete autoencoder and a GPT over its tokens, then act in their dreams.
 
-Paper  Micheli, Alonso, Fleuret, "Transformers are Sample-Efficient World Models", arXiv:2209.00588v2 (ICLR 2023)
+Paper  Micheli et al., "Transformers are Sample-Efficient World Models", arXiv:2209.00588v2 (ICLR 2023)
 Code   checked against eloialonso/iris at 24326aa: same parameter counts, same losses (tests/golden)
 
     python iris.py --env-id ALE/Pong-v5
@@ -27,15 +27,15 @@ frame. The Transformer reads blocks of K tokens and an action; what its outputs 
 
 In a dream L_t = r_t + g (1-d_t) ((1-lam) v_{t+1} + lam L_{t+1}), L_{H-1} = v_{H-1}.
 
-Names: frames x, tokens z, codebook e, recon x^, end d, ret L, gamma g; encoder E, decoder D, world G. The policy
-pi(a_t | x^_{<=t}) is a CNN with an LSTM, the value its second head. Axes: N images or envs, K tokens of a
-vocabulary of V words of width E, W width of the Transformer, A actions.
+Names: frames x, tokens z, codebook e, recon x^, end d, ret L, gamma g; encoder E, decoder D, world G. The
+policy pi(a_t | x^_{<=t}) is a CNN with an LSTM, the value its second head. Axes: N images or envs, K tokens
+of a vocabulary of V words of width E, W width of the Transformer, A actions.
 
 Differences from the official code. With the same numbers: frames of replay are encoded and decoded once per
 epoch; a frame's last token passes the Transformer together with the next action; dreams run without gradient,
-then the policy sees their frames again; the last action of a dream, whose outcome enters no loss, is not given
-to the world model. With others: the maximum of two frames is taken before the resize; 0 to 29 no-ops at reset;
-games end after 108,000 frames in training too; without LPIPS weights the tokenizer learns from pixels only.
+then the policy sees their frames again; the last action of a dream, whose outcome enters no loss, is not
+given to the world model. With others: the maximum of two frames is taken before the resize; 0 to 29 no-ops at
+reset; games end after 108,000 frames in training too; without LPIPS weights only pixels train the tokenizer.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -84,7 +84,7 @@ from tqdm import tqdm
 class Args:
     # run
     exp_name: str = "iris"  # second part of the run directory's name
-    env_id: str = "ALE/Pong-v5"  # any Gymnasium id with discrete actions, also module:Env-v0; no image: rendered
+    env_id: str = "ALE/Pong-v5"  # any Gymnasium id with discrete actions, also module:Env-v0
     seed: int = 1  # of weights, environments and sampling
     preset: Literal["default", "tiny"] = "default"  # tiny: every phase in two minutes on a CPU
     total_timesteps: int = 100_000  # policy steps; frames = steps x action repeat (official)
@@ -121,7 +121,7 @@ class Args:
     channels: int = 64  # of all convolutions in encoder and decoder, even (official)
     res_blocks: int = 2  # residual blocks per resolution in the encoder; the decoder has one more (official)
     perceptual_loss: Literal["auto", "lpips", "pixel", "none"] = "auto"  # auto: lpips (official), else pixel
-    lpips_weights: str = ""  # folder with vgg16-397923af.pth and vgg.pth; empty: where torch and IRIS keep them
+    lpips_weights: str = ""  # folder of vgg16-397923af.pth and vgg.pth; empty: usual caches
     # world model
     layers: int = 10  # Transformer blocks (official)
     heads: int = 4  # attention heads (official)
@@ -135,7 +135,7 @@ class Args:
     lam: float = 0.95  # lambda of the returns (official)
     ent_coef: float = 0.001  # entropy bonus (official)
     epsilon: float = 0.01  # probability of a uniformly random action while collecting (official)
-    temperature: float = 1.0  # divides policy logits while collecting (official; lower on Freeway, paper App. H)
+    temperature: float = 1.0  # divides policy logits while collecting (official; App. H: lower on Freeway)
     eval_temperature: float = 0.5  # the same in evaluation (official)
     # optimiser
     lr: float = 1e-4  # of all three Adams (official)
@@ -146,10 +146,11 @@ class Args:
 PRESETS = {
     "default": {},
     "tiny": dict(
-        total_timesteps=600, epoch_steps=50, epoch_updates=8, extra_epochs=2, learning_starts=100, world_starts=200,
-        behaviour_starts=300, tokenizer_batch=16, batch_size=8, batch_length=8, vocab_size=128, code_dim=64,
-        channels=16, res_blocks=1, layers=2, heads=2, width=64, lstm_units=64, imag_horizon=8, burn_in=4, lr=1e-3,
-        save_every=300, eval_every=0, video_every=300, log_every=50, eval_episodes=1),
+        total_timesteps=600, epoch_steps=50, epoch_updates=8, extra_epochs=2, learning_starts=100,
+        world_starts=200, behaviour_starts=300, tokenizer_batch=16, batch_size=8, batch_length=8,
+        vocab_size=128, code_dim=64, channels=16, res_blocks=1, layers=2, heads=2, width=64, lstm_units=64,
+        imag_horizon=8, burn_in=4, lr=1e-3, save_every=300, eval_every=0, video_every=300, log_every=50,
+        eval_episodes=1),
 }
 
 
@@ -165,8 +166,8 @@ def to_frames(image: torch.Tensor) -> torch.Tensor:
 
 
 def sample(logits: torch.Tensor) -> torch.Tensor:
-    """Draw indices (...) from softmax(logits (...,V)). argmax(p / e) with e ~ Exp(1) is an exact categorical draw,
-    without the checks and host reads of torch.distributions: a default dream makes 362 draws one after another."""
+    """Draw indices (...) from softmax(logits (...,V)). argmax(p / e) with e ~ Exp(1) is an exact categorical
+    draw, without the checks and host reads of torch.distributions: a dream makes hundreds in a row."""
     probs = float32(logits).softmax(-1)
     noise = torch.empty_like(probs).exponential_()
     return (probs / noise).argmax(-1)
@@ -174,7 +175,7 @@ def sample(logits: torch.Tensor) -> torch.Tensor:
 
 def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Index (...) of the word (V,E) nearest to z (...,E). Eq. 1 (arXiv:1711.00937v2): argmin_i |z - e_i|^2.
-    |z|^2 is the same for all words and left out; of equals the lowest. Trap: bf16 cannot tell neighbours apart."""
+    |z|^2 is the same for all words and left out. Trap: bf16 cannot tell neighbours apart."""
     with torch.autocast(z.device.type, enabled=False):
         z = float32(z)
         codebook = float32(codebook)
@@ -183,17 +184,17 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean over labels (B,n), but those of -100, of -log softmax(logits (B,n,V)). The mean is that of the joint batch
-    of all ranks, once their gradients are averaged."""
-    total = F.cross_entropy(float32(logits).flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+    """Mean over labels (B,n), but those of -100, of -log softmax(logits (B,n,V)). The mean is that of the
+    joint batch of all ranks, once their gradients are averaged."""
+    total = F.cross_entropy(float32(logits).flatten(0, 1), labels.flatten(), reduction="sum")
     count = (labels != -100).sum().to(total.dtype)
     return total / gather_ranks(count[None]).mean().clamp(min=1e-8)
 
 
-def lambda_return(
-        reward: torch.Tensor, value: torch.Tensor, end: torch.Tensor, gamma: float, lam: float) -> torch.Tensor:
-    """L_t = r_t + gamma (1-d_t) ((1-lam) v_{t+1} + lam L_{t+1}), L_{H-1} = v_{H-1}. Sec. 2.3 (arXiv:2209.00588v2).
-    Reward and end (H-1,B) are those of the action at t, value (H,B) is that of the frame; result (H-1,B)."""
+def lambda_return(reward, value, end, gamma: float, lam: float) -> torch.Tensor:
+    """L_t = r_t + gamma (1-d_t) ((1-lam) v_{t+1} + lam L_{t+1}), L_{H-1} = v_{H-1}.
+    Sec. 2.3 (arXiv:2209.00588v2). Reward and end (H-1,B) are those of the action at t, value (H,B) is that of
+    the frame; result (H-1,B)."""
     ret = value[-1]
     rets = []
     for t in reversed(range(len(reward))):
@@ -204,8 +205,8 @@ def lambda_return(
 
 
 def pixel_distance(recon: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """In place of LPIPS (ours, after Delta-IRIS, arXiv:2406.19320): the mean square and 0.01 of the worst one (N,).
-    Images (N,C,Y,X) in [-1,1], hence the 1/4: the weights are those for images in [0,1]."""
+    """In place of LPIPS (ours, after Delta-IRIS, arXiv:2406.19320): mean square and 0.01 of the worst one
+    (N,). Images (N,C,Y,X) in [-1,1], hence the 1/4: the weights are those for images in [0,1]."""
     square = (recon - target).square().flatten(1) / 4
     return square.mean(1) + 0.01 * square.amax(1)
 
@@ -327,7 +328,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv_in = conv(code_dim, channels)
         self.middle = middle(channels)
-        self.stages = nn.ModuleList(stage(channels, blocks + 1, level) for level in range(5))  # one more block
+        blocks = blocks + 1  # one more than in the encoder
+        self.stages = nn.ModuleList(stage(channels, blocks, level) for level in range(5))
         self.ups = nn.ModuleList(Upsample(channels) for _ in range(4))
         self.norm_out = norm(channels)
         self.conv_out = conv(channels, image)
@@ -341,16 +343,16 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-# The convolutions of VGG16 by their number in torchvision's `features`, with the layers whose outputs are compared:
-# relu1_2, relu2_2, relu3_3, relu4_3, relu5_3. A pooling follows each but the last.
+# The convolutions of VGG16 by their number in torchvision's `features`, and those whose outputs are compared
+# after their ReLU: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3. A pooling follows each but the last.
 VGG16 = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 TAPS = (2, 7, 14, 21, 28)
 
 
 class LPIPS(nn.Module):
     """Distance of VGG16 features, version 0.1. Eq. 1 (arXiv:1801.03924v2). Source: `lpips.LPIPS`.
-    `weights`: those of torchvision's VGG16, `features.N.weight` and `.bias`, and LPIPS's `linK.model.1.weight`.
-    They are buffers outside of checkpoints: nothing here is trained."""
+    `weights`: `features.N.weight` and `.bias` of torchvision's VGG16, `linK.model.1.weight` of LPIPS. They
+    are buffers outside of checkpoints: nothing here is trained."""
 
     def __init__(self, weights: dict[str, torch.Tensor]):
         super().__init__()
@@ -388,8 +390,8 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(folder: str) -> tuple[LPIPS | None, str]:
-    """LPIPS with the weights of two files, or None and what is missing. Without a folder: where torch.hub keeps
-    torchvision's VGG16, and where the official code keeps the heads."""
+    """LPIPS with the weights of two files, or None and what is missing. Without a folder: where torch.hub
+    keeps torchvision's VGG16, and where the official code keeps the heads."""
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     official = Path.home() / ".cache" / "iris" / "tokenizer_pretrained_vgg"
     folders = [Path(folder)] if folder else [hub, official]
@@ -430,8 +432,8 @@ def choose_perceptual_loss(args: Args, channels: int):
 # ======== 4. world model ========
 class Tokenizer(nn.Module):
     """Image -> K words of a codebook -> image, both ways deterministic. Sec. 2.1 (arXiv:2209.00588v2).
-    As a variational autoencoder its posterior is one-hot, q(z|x) = 1 for the nearest words, and its prior uniform:
-    the KL of the ELBO is the constant K ln V and does not appear in the loss. What is left is -ln p(x|z)."""
+    As a variational autoencoder its posterior is one-hot, q(z|x) = 1 for the nearest words, and its prior
+    uniform: the KL of the ELBO is the constant K ln V and not in the loss. What is left is -ln p(x|z)."""
 
     def __init__(self, image: int, args: Args):
         super().__init__()
@@ -470,7 +472,7 @@ class Tokenizer(nn.Module):
 
     def loss(self, frames: torch.Tensor, perceptual=None) -> tuple[dict, dict]:
         """Frames (N,C,Y,X) in [0,1] -> losses (), metrics. `perceptual`: (recon, target) in [-1,1] -> (N,).
-        Eq. 3 (arXiv:1711.00937v2), beta = 1. The papers' sums are means over all elements, all weights are 1."""
+        Eq. 3 (arXiv:1711.00937v2), beta = 1. The papers' sums are means over all elements; all weights 1."""
         z = self.embed(frames)
         tokens = self.quantize(z)
         z_q = self.lookup(tokens)
@@ -501,9 +503,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: torch.Tensor, start: int, mask: torch.Tensor | None, cache, dropout: float) -> torch.Tensor:
-        """Positions start..start+n of a sequence; keys and values of those before are in `cache`, two tensors
-        (B,heads,positions,W/heads), and those of these are written there."""
+    def forward(self, x: torch.Tensor, start: int, mask, cache, dropout: float) -> torch.Tensor:
+        """Positions start..start+n of a sequence. Keys and values of those before are in `cache`, two tensors
+        (B,heads,positions,W/heads); those of these are written there."""
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (B,n,3,heads,W/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if cache is not None:
@@ -520,9 +522,14 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.norm2(x)), dropout)
 
 
+def head(width: int, classes: int) -> nn.Sequential:
+    """(...,W) -> logits (...,classes)."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), Float32Linear(width, classes))
+
+
 class WorldModel(nn.Module):
-    """GPT over blocks of K tokens and one action: p(z_{t+1}, r_t, d_t | z_{<=t}, a_{<=t}), the tokens of a frame one
-    after the other. Sec. 2.2 (arXiv:2209.00588v2). Source: `WorldModel`, `Transformer`."""
+    """GPT over blocks of K tokens and one action: p(z_{t+1}, r_t, d_t | z_{<=t}, a_{<=t}), the tokens of a
+    frame one after the other. Sec. 2.2 (arXiv:2209.00588v2). Source: `WorldModel`, `Transformer`."""
 
     def __init__(self, tokens: int, action_dim: int, args: Args):
         super().__init__()
@@ -535,9 +542,9 @@ class WorldModel(nn.Module):
         self.token = nn.Embedding(args.vocab_size, width)
         self.blocks = nn.ModuleList(Block(width, args.heads) for _ in range(args.layers))
         self.norm = nn.LayerNorm(width)
-        self.token_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, args.vocab_size))
-        self.reward_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), Float32Linear(width, 3))  # -1, 0, 1
-        self.end_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+        self.token_head = head(width, args.vocab_size)
+        self.reward_head = head(width, 3)  # -1, 0, 1
+        self.end_head = head(width, 2)
         # places in a block that predict a token: all but the last token, whose successor is the action
         places = torch.tensor([*range(tokens - 1), tokens])
         self.register_buffer("places", places, persistent=False)
@@ -568,16 +575,16 @@ class WorldModel(nn.Module):
         return self.norm(x)
 
     def logits(self, tokens: torch.Tensor, action: torch.Tensor, dropout: float = 0.0) -> tuple:
-        """Tokens (B,T,K), action (B,T) -> logits of next tokens (B,T*K,V), rewards (B,T,3) and ends (B,T,2)."""
+        """Tokens (B,T,K), action (B,T) -> logits of next tokens (B,T*K,V), rewards (B,T,3), ends (B,T,2)."""
         x = torch.cat([self.token(tokens), self.action(action)[:, :, None]], 2)  # (B,T,K+1,W)
         y = self(x.flatten(1, 2), dropout=dropout).unflatten(1, x.shape[1:3])
         before_tokens = y[:, :, self.places].flatten(1, 2)  # (B,T*K,W)
         at_action = y[:, :, -1]  # (B,T,W)
         return self.token_head(before_tokens), self.reward_head(at_action), self.end_head(at_action)
 
-    def labels(self, tokens: torch.Tensor, reward: torch.Tensor, end: torch.Tensor, mask: torch.Tensor) -> tuple:
-        """What is to be predicted: tokens (B,T*K-1), reward and end (B,T), all -100 where mask (B,T) is false.
-        Token 0 of the first frame has no predecessor; its other tokens are learned without any past (official)."""
+    def labels(self, tokens, reward, end, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What is to be predicted: tokens (B,T*K-1), reward and end (B,T), -100 where mask (B,T) is false.
+        Token 0 of the first frame has no predecessor; its others are learned without any past (official)."""
         token_mask = mask.repeat_interleave(self.tokens, 1)
         token_labels = torch.where(token_mask, tokens.flatten(1), -100)[:, 1:]
         reward_labels = torch.where(mask, reward.sign().long() + 1, -100)  # the size of a reward is lost
@@ -586,7 +593,7 @@ class WorldModel(nn.Module):
 
     def loss(self, batch: dict, dropout: float) -> tuple[dict, dict]:
         """Tokens (T,B,K), action (T,B,A), reward, end, mask (T,B) -> losses (), metrics.
-        Steps beyond an episode's end count for nothing; they are on the right, so that no other step sees them."""
+        Steps beyond an episode's end count for nothing; they are on the right, where nothing sees them."""
         tokens = batch["tokens"].transpose(0, 1)
         action = batch["action"].argmax(-1).T
         labels = self.labels(tokens, batch["reward"].T, batch["end"].T, batch["mask"].T)
@@ -613,9 +620,10 @@ class WorldModel(nn.Module):
 
 
 class Dream:
-    """The world model as an environment: B dreams in step, each begun from the tokens (B,K) of one real frame.
-    Source: `WorldModelEnv`. A frame's last token predicts nothing, so it waits and passes the Transformer together
-    with the next action: a step is one pass of two tokens (the first of K + 1), then K - 1 passes of one."""
+    """The world model as an environment: B dreams in step, each begun from the tokens (B,K) of one real
+    frame. Source: `WorldModelEnv`. A frame's last token predicts nothing, so it waits and passes the
+    Transformer together with the next action: a step is one pass of two tokens (the first of K + 1), then K -
+    1 of one."""
 
     def __init__(self, world: WorldModel, tokens: torch.Tensor):
         self.world = world
@@ -631,9 +639,9 @@ class Dream:
         return y[:, -1]
 
     def step(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Action (B,) -> reward and end (B,), both drawn, not expected (official); `tokens` is the next frame.
-        Where the context is full, memory is cut down to the present frame, at position 0 again (official). That
-        never happens within H = T frames: K + (H-1)(K+1) + 1 = T(K+1)."""
+        """Action (B,) -> reward and end (B,), both drawn, not expected (official); `tokens` is the next
+        frame. Where the context is full, memory is cut down to the present frame, at position 0 again
+        (official). That never happens within H = T frames: K + (H-1)(K+1) + 1 = T(K+1)."""
         world = self.world
         if self.size + self.waiting.shape[1] + 1 + world.tokens > world.positions:
             self.size = 0
@@ -695,11 +703,11 @@ class Behaviour(nn.Module):
     def imagine(
             self, tokenizer: Tokenizer, world: WorldModel, tokens: torch.Tensor, recon: torch.Tensor,
             mask: torch.Tensor) -> dict:
-        """Dream from the tokens (B,K) of real frames, after those before them: recon (burn_in+1,B,C,Y,X), whose last
-        one is that of the tokens, and mask (burn_in+1,B) -> frames (H,B,C,Y,X), action (H,B), reward and end
-        (H-1,B), and the policy's state at the start, hidden and cell (B,units).
-        The burn-in is for the LSTM only: the Transformer sees nothing before the first frame. A sampled end changes
-        nothing here (official); the return takes it into account."""
+        """Dream from the tokens (B,K) of real frames. recon (burn_in+1,B,C,Y,X) and mask (burn_in+1,B) are of
+        the frames before them and, as the last one, their own. -> frames (H,B,C,Y,X), action (H,B), reward
+        and end (H-1,B), and the policy's state at the start, hidden and cell (B,units).
+        The burn-in is for the LSTM only: the Transformer sees nothing before the first frame. A sampled end
+        changes nothing here (official); the return takes it into account."""
         _, _, start = self(recon[:-1], self.initial(len(tokens)), mask[:-1])
         dream = Dream(world, tokens)
         state = start
@@ -720,8 +728,8 @@ class Behaviour(nn.Module):
             end=torch.stack(ends), hidden=start[0], cell=start[1])
 
     def loss(self, dream: dict) -> tuple[dict, dict]:
-        """What `imagine` returned -> losses (), metrics. Sec. 2.3, App. B. The value is baseline, bootstrap and what
-        is learned: no target network, and advantages are not normalised."""
+        """What `imagine` returned -> losses (), metrics. Sec. 2.3, App. B. The value is baseline, bootstrap
+        and what is learned: no target network, and advantages are not normalised."""
         args = self.args
         logits, value, _ = self(dream["frames"], (dream["hidden"], dream["cell"]))  # (H,B,A), (H,B)
         fixed = value.detach()  # the actor does not train the value, and the value's target is a constant
@@ -746,14 +754,17 @@ class Behaviour(nn.Module):
 
 # ======== 6. update ========
 class Optimizers:
-    """Three Adams, one per part: none moves another's parameters. The Transformer's matrices decay, its embeddings,
-    norms and biases do not. Source: `configure_optimizer`."""
+    """Three Adams, one per part: none moves another's parameters. The Transformer's matrices decay, its
+    embeddings, norms and biases do not. Source: `configure_optimizer`."""
 
     def __init__(self, agent: Agent, args: Args):
         matrices = [module.weight for module in agent.world.modules() if isinstance(module, nn.Linear)]
         known = {id(p) for p in matrices}
         others = [p for p in agent.world.parameters() if id(p) not in known]
-        groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
+        groups = [
+            dict(params=matrices, weight_decay=args.weight_decay),
+            dict(params=others, weight_decay=0.0),
+        ]
         fused = agent.device.type in ("cpu", "cuda")  # in one kernel, without host reads
         self.grad_clip = args.grad_clip
         self.parts = {
@@ -874,7 +885,7 @@ def train_world_model(agent: Agent, optimizers: Optimizers, replay: Replay, batc
 
 
 def train_behaviour(agent: Agent, optimizers: Optimizers, replay: Replay, batch_size: int) -> dict:
-    """One update of actor and critic in dreams, which begin at the last frame of sampled sequences -> metrics."""
+    """One update of actor and critic in dreams, begun at the last frame of sampled sequences -> metrics."""
     batch = replay.sample(batch_size, agent.args.burn_in + 1, "tokens recon", last=True)
     batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
     with agent.autocast():
@@ -1061,8 +1072,8 @@ def shows_image(env_id: str) -> bool:
 
 # ==== shared: environment with lives ====
 class LifeEnvs(Envs):
-    """Atari in training: a lost life ends an episode of replay, and the step after it, whose action is ignored
-    there too, begins the next one. The game goes on; `ret`, `length` and `last` are those of whole games."""
+    """Atari in training: a lost life ends an episode of replay, the row after it begins the next one. The
+    game goes on; `ret`, `length` and `last` are those of whole games."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, life_loss_info=True, **options)  # a lost life is terminated, without a reset
@@ -1176,11 +1187,11 @@ class Storage:
 
 
 class Replay(Storage):
-    """Sequences of episodes: an episode uniformly, so that steps of short ones come more often, then a place in it.
-    Source: `EpisodesDataset`, `Episode.segment`. Running episodes can be sampled too. A sequence that reaches over a
-    border of its episode is padded with zeros there, and `mask` says where.
-    A frame is a row whose action has an outcome: reward and end, which arrive with the row after it. So the row
-    that arrives with an end, a time limit or a lost life is none, nor is the newest row."""
+    """Sequences of episodes: an episode uniformly, so that steps of short ones come more often, then a place
+    in it. Source: `EpisodesDataset`, `Episode.segment`. Running episodes can be sampled too. A sequence that
+    reaches over a border of its episode is padded with zeros there, and `mask` says where.
+    A frame is a row whose action has an outcome: reward and end, which arrive with the row after it. So the
+    row that arrives with an end (game over, time limit, lost life) is none, nor is the newest row."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -1195,7 +1206,7 @@ class Replay(Storage):
         self.track(self.rows - 1, row["is_first"], row["is_last"])
 
     def track(self, number: int, is_first, is_last) -> None:
-        """Note where episodes begin and end, by the flags (N,) of a row; forget those that are overwritten."""
+        """Note where episodes begin and end, by the flags (N,) of a row; forget overwritten ones."""
         for env in range(self.num_envs):
             if is_first[env] and number > self.begun[env]:  # a resume has cut off what was running
                 self.episodes.append((self.begun[env], number - 1, env))
@@ -1208,14 +1219,15 @@ class Replay(Storage):
         self.table = None
 
     def make_table(self) -> torch.Tensor:
-        """Episodes (E,3) with at least one frame: first row that is left, row after the last frame, environment."""
+        """Episodes (E,3) with frames: first row that is left, row after the last frame, environment."""
         running = [(begun, self.rows - 1, env) for env, begun in enumerate(self.begun)]
         table = torch.tensor(self.episodes + running, device=self.device)
         table[:, 0].clamp_(min=self.rows - self.size)
         return table[table[:, 0] < table[:, 1]]
 
     def sequence(self, start, first, stop, env, length: int, names: str) -> dict:
-        """The named fields (length,B,...) and mask (length,B) from row `start` (B) of episodes first..stop (B)."""
+        """The named fields (length,B,...) and mask (length,B) from row `start` of episodes first..stop (B).
+        """
         row = start + torch.arange(length, device=self.device)[:, None]  # (length,B)
         mask = (first <= row) & (row < stop)
         row = row.clamp(first, stop - 1)
@@ -1237,8 +1249,8 @@ class Replay(Storage):
         return batch
 
     def sample(self, batch_size: int, length: int, names: str, last: bool = False) -> dict:
-        """-> named fields (length,batch_size,...) and mask. The frame that is drawn uniformly is the first of its
-        sequence, or with `last` the last one: each frame of an episode comes there, padding is at the other end."""
+        """-> named fields (length,batch_size,...) and mask. The frame that is drawn uniformly is the first of
+        its sequence, or with `last` the last one; padding is at the other end."""
         if self.table is None:
             self.table = self.make_table()
         which, place = torch.rand((2, batch_size), dtype=torch.float64, device=self.device)
@@ -1248,7 +1260,7 @@ class Replay(Storage):
         return self.sequence(start, first, stop, env, length, names)
 
     def recent(self, length: int) -> dict:
-        """The last images (length,num_envs,...) of the running episodes, the newest row included, and their mask."""
+        """The last images (length,num_envs,...) of the running episodes, and their mask."""
         env = torch.arange(self.num_envs, device=self.device)
         begun = torch.tensor(self.begun, device=self.device)
         first = begun.clamp(min=self.rows - self.size)
@@ -1256,8 +1268,8 @@ class Replay(Storage):
         return self.sequence(stop - length, first, stop, env, length, "image")
 
     def tokenize(self, agent: Agent, chunk: int = 256) -> None:
-        """Encode all images. Once per epoch, after the tokenizer was trained: until it is again, each frame has the
-        same tokens in every batch."""
+        """Encode all images. Once per epoch, after the tokenizer was trained: until it is again, each frame
+        has the same tokens in every batch."""
         count = min(self.rows, self.capacity) * self.num_envs
         images = self.data["image"].flatten(0, 1)[:count]
         self.tokens = torch.cat([agent.encode(image).to(self.device) for image in images.split(chunk)])
@@ -1350,8 +1362,8 @@ def save_gif(video: torch.Tensor, writer: SummaryWriter, step: int) -> None:
 @torch.no_grad()
 def dream_video(agent: Agent, replay: Replay, count: int = 4, context: int = 5) -> tuple[torch.Tensor, dict]:
     """Frames (T,3*Y,count*X,C) of replayed sequences side by side, rows truth, model, error, and the errors.
-    The first `context` frames are reconstructions, the rest is dreamed from the last of them with the recorded
-    actions."""
+    The first `context` frames are reconstructions, the rest is dreamed from the last of them with the
+    recorded actions."""
     args = agent.args
     context = min(context, args.batch_length // 2)
     batch = replay.sample(16 * count, args.batch_length, "image action")
@@ -1565,9 +1577,9 @@ def check_positive(args: Args, names: str) -> None:
 def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
     check_positive(
-        args, "total_timesteps num_envs image_size epoch_steps epoch_updates tokenizer_batch batch_size vocab_size "
-        "code_dim channels res_blocks layers heads width lstm_units burn_in temperature eval_temperature grad_clip "
-        "save_every")
+        args, "total_timesteps num_envs image_size epoch_steps epoch_updates tokenizer_batch batch_size "
+        "vocab_size code_dim channels res_blocks layers heads width lstm_units burn_in temperature "
+        "eval_temperature grad_clip save_every")
     if args.image_size % 16:
         fail("--image-size must be a multiple of 16")
     if args.channels % 2 or args.width % args.heads:
@@ -1575,7 +1587,7 @@ def check_args(args: Args) -> None:
     if min(args.batch_length, args.imag_horizon) < 2:
         fail("--batch-length and --imag-horizon must be at least 2: a frame and the one that follows")
     if not args.learning_starts <= args.world_starts <= args.behaviour_starts:
-        fail("--learning-starts, --world-starts and --behaviour-starts must not decrease: each learns from the last")
+        fail("--learning-starts, --world-starts and --behaviour-starts must not decrease")
     if args.precision == "auto":
         args.precision = "fp32"
     if not args.action_repeat:
@@ -1695,7 +1707,8 @@ def main(args: Args) -> None:
     if rank == 0:
         count = sum(p.numel() for p in agent.parameters())
         print(f"{device}, {args.precision}: {count:,} parameters")
-        print(f"{3 * args.epoch_updates / args.epoch_steps:g} updates per policy step, once all three parts learn")
+        ratio = 3 * args.epoch_updates / args.epoch_steps  # epochs end at multiples of epoch_steps
+        print(f"{ratio:g} updates per policy step, a third for each part")
         print(f"run directory {run}")
         writer = start_log(run, args, now())
 
@@ -1732,13 +1745,13 @@ def main(args: Args) -> None:
                     replay.add(row | state)
                     ended = envs.last
                     episodes = list(zip(envs.ret[ended], envs.length[ended]))
-                    news = torch.tensor([[(~row["is_first"]).sum(), len(stop)]], device=device)
-                    decisions, stopping = gather_ranks(news).sum(0).tolist()  # the same for all ranks
+                    decisions, stopping = sum_ranks([(~row["is_first"]).sum(), len(stop)], device)
                     step += decisions
                     row = envs.step(state["action"].cpu().numpy())
                     for ret, steps in episodes if rank == 0 else ():
                         tqdm.write(f"global_step={step}, episodic_return={ret}")
-                        log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": steps}, step)
+                        numbers = {"charts/episodic_return": ret, "charts/episodic_length": steps}
+                        log_metrics(writer, numbers, step)
                     bar.set_postfix(episodic_return=ret, updates=updates, refresh=False)
                     bar.update(now() - bar.n)
 
@@ -1751,10 +1764,7 @@ def main(args: Args) -> None:
                     metrics.update(train[phase](agent, optimizers, replay, batch_size[phase]))
                     done[phase] += 1
                     updates += 1
-                    if ranks == 1:
-                        stopping = bool(stop)
-                    elif done[phase] % 10 == 0:  # all ranks must end with the same update; asking waits for them
-                        stopping = bool(gather_ranks(torch.tensor([len(stop)], device=device)).any())
+                    (stopping,) = sum_ranks([len(stop)], device)  # all ranks end with the same update
 
         if not stopping:
             epoch += 1
