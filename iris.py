@@ -510,7 +510,8 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if cache is not None:
             stop = start + x.shape[1]
-            keys, values = cache
+            keys = cache[0]
+            values = cache[1]
             keys[:, :, start:stop] = k
             values[:, :, start:stop] = v
             k = keys[:, :, :stop]
