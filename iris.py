@@ -1133,6 +1133,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
         fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
 
 
+def rows_at_risk(args, step: int, more: int = 0) -> int:
+    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come `more`
+    steps late. An episode has one row more than it has steps."""
+    steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
+    return 2 * steps // args.num_envs + 1
+
+
 class Storage:
     """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...),
     in memory-mapped files that need no RAM of their own and survive a crash. `specs`: name -> (shape, dtype).
