@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import envs
 import gymnasium
@@ -16,7 +17,7 @@ from conftest import SCRIPTS, TESTS, load
 
 NAMES = [path.stem for path in SCRIPTS]
 each_script = pytest.mark.parametrize("name", NAMES)
-gymnasium.register("Five-v0", entry_point=envs.Scripted, kwargs=dict(image=True, length=5))
+gymnasium.register("Ten-v0", entry_point=envs.Scripted, kwargs=dict(image=True, length=10))
 gymnasium.register("Endless-v0", entry_point=envs.Scripted, kwargs=dict(image=True, length=10**9))
 
 
@@ -46,9 +47,8 @@ def differences(a: dict, b: dict, ignored: tuple) -> list[str]:
 @each_script
 def test_half_and_half_equals_the_whole(name, tmp_path):
     """The first half ends with an episode, so that the resumed life sees what the other one sees."""
-    steps = 20 if name != "iris" else 20
-    common = dict(env_id="tiny:ScriptedFive-v0", eval_episodes=0, log_every=10**6, save_every=10**6)
-    common["env_id"] = "test_resume:Five-v0"
+    steps = 20
+    common = dict(env_id="test_resume:Ten-v0", eval_episodes=0, log_every=10**6, save_every=10**6)
     whole = tiny.run(name, tmp_path / "whole", total_timesteps=2 * steps, **common)
     half = tiny.flags(name, tmp_path / "half", total_timesteps=2 * steps, **common)
     stopped = stop_after(name, half, steps)
@@ -79,8 +79,6 @@ def stop_after(name: str, argv: list[str], steps: int) -> dict:
     finally:
         script.sum_ranks = original
     folder = next(word.split("=", 1)[1] for word in argv if word.startswith("--run-dir="))
-    from pathlib import Path
-
     (run,) = Path(folder).iterdir()
     return tiny.checkpoint(run)
 
