@@ -22,15 +22,16 @@ Which obs, action and reward share an index. A replay row t holds
     arrived together, caused by action_{t-1}              | chosen here
 
 A training sequence is T rows of one episode; its row 0 counts as is_first: memory begins with zeros. In a
-dream reward and discount belong to the state itself: V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H.
+dream reward and discount belong to the state itself: V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}),
+V_H = v_H.
 
 Names: deter h, stoch z (some texts: s), feat s = [h, z], post_logits q, prior_logits p, cont the discount d,
 value v, slow_value the target critic, target V. Axes: T time, B batch, H imagination, N envs or dreams,
 S groups of K classes, D width of h, F feat, A action.
 
 What changes from DreamerV1: 32 categoricals with straight-through gradients instead of a Gaussian; KL
-balancing; a GRU with layer norm; a predicted discount; a target critic; Reinforce for discrete actions; ends of
-episodes are replayed more often.
+balancing; a GRU with layer norm; a predicted discount; a target critic; Reinforce for discrete actions;
+ends of episodes are replayed more often.
 Differences from the official code: float32 or bfloat16 instead of float16; feat is [h, z] instead of [z, h];
 0 to 29 no-ops at reset instead of 1 to 30; the environment is not reset between random actions and policy;
 replay counts rows, resetting rows too; --actor-grad both with continuous actions cuts the sample's gradient
@@ -591,7 +592,7 @@ class Adam:
         average_ranks(grads)
         with torch.no_grad():
             norm = torch.stack(torch._foreach_norm(grads)).norm()
-            torch._foreach_mul_(grads, (self.clip / norm).clamp(max=1))
+            grads = torch._foreach_mul(grads, (self.clip / norm).clamp(max=1))
 
             self.count += 1
             correct1 = 1 - self.beta1 ** self.count
@@ -962,8 +963,8 @@ class Storage:
 
 class Replay(Storage):
     """Chunks of finished episodes: an episode uniformly, so steps of short ones come more often, then a start
-    in it. With `prioritize_ends` that is min(randint(R - T + 1 + T), R - T) for an episode of R rows: its last
-    chunk comes with probability (T + 1) / (R + 1). Source: `common/replay.py`."""
+    in it. With `prioritize_ends` that is min(randint(R - T + 1 + T), R - T) for an episode of R rows: its
+    last chunk comes with probability (T + 1) / (R + 1). Source: `common/replay.py`."""
 
     def __init__(self, *args, length: int, prioritize_ends: bool, **options):
         super().__init__(*args, **options)
@@ -971,7 +972,7 @@ class Replay(Storage):
         self.prioritize_ends = prioritize_ends
         self.begun = [0] * self.num_envs  # first row of the running episode
         self.episodes = []  # (first row, number of rows, environment), the oldest first
-        self.unusable = 0  # episodes that are too short, or too long for the ring
+        self.unusable = 0  # episodes in a row that were too short, or too long for the ring
 
     def add(self, row: dict) -> None:
         super().add(row)
@@ -987,6 +988,7 @@ class Replay(Storage):
                 if self.length < rows <= self.size:
                     self.episodes.append((self.begun[env], rows, env))
                     self.episodes.sort()
+                    self.unusable = 0
                 else:
                     self.unusable += 1
         while self.episodes and self.episodes[0][0] < self.rows - self.size:
@@ -1057,7 +1059,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
         if envs.length.max() >= limit:
-            tqdm.write(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
+            say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in range(num_envs):
                 returns[i].append(envs.ret[i])
                 lengths[i].append(envs.length[i])
@@ -1351,6 +1353,14 @@ def read_metrics(metrics: dict[str, torch.Tensor], step: int, run: Path) -> dict
     return values
 
 
+def say(text: str) -> None:
+    """A line on stdout, beside the progress bar where there is one."""
+    if sys.stderr.isatty():
+        tqdm.write(text)
+    else:
+        print(text, flush=True)
+
+
 def log_metrics(writer: SummaryWriter, metrics: dict[str, float], step: int) -> None:
     """One scalar a metric."""
     for name, value in metrics.items():
@@ -1361,7 +1371,7 @@ def log_evaluation(writer: SummaryWriter, results: dict[str, float], step: int) 
     """Results to TensorBoard and as one line."""
     log_metrics(writer, results, step)
     if results:
-        tqdm.write(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
+        say(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
 # ==== end shared ====
 
 
@@ -1459,14 +1469,14 @@ def main(args: Args) -> None:
             for _ in range(due_updates):
                 metrics = train_step(agent, optimizer, replay, batch_size)
             updates += due_updates
-        elif step >= args.learning_starts and not updates:
+        elif step >= args.learning_starts:
             replay.check_usable()
 
         # ---- now and then: log, save, dream, evaluate; rank 0 alone ----
         if rank > 0:
             continue
         for ret, steps in episodes:
-            tqdm.write(f"global_step={step}, episodic_return={ret}")
+            say(f"global_step={step}, episodic_return={ret}")
             log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": steps}, step)
         bar.set_postfix(episodic_return=ret, updates=updates, refresh=False)
         bar.update(step - before)

@@ -1083,7 +1083,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
         if envs.length.max() >= limit:
-            tqdm.write(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
+            say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in range(num_envs):
                 returns[i].append(envs.ret[i])
                 lengths[i].append(envs.length[i])
@@ -1381,6 +1381,14 @@ def read_metrics(metrics: dict[str, torch.Tensor], step: int, run: Path) -> dict
     return values
 
 
+def say(text: str) -> None:
+    """A line on stdout, beside the progress bar where there is one."""
+    if sys.stderr.isatty():
+        tqdm.write(text)
+    else:
+        print(text, flush=True)
+
+
 def log_metrics(writer: SummaryWriter, metrics: dict[str, float], step: int) -> None:
     """One scalar a metric."""
     for name, value in metrics.items():
@@ -1391,7 +1399,7 @@ def log_evaluation(writer: SummaryWriter, results: dict[str, float], step: int) 
     """Results to TensorBoard and as one line."""
     log_metrics(writer, results, step)
     if results:
-        tqdm.write(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
+        say(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
 # ==== end shared ====
 
 
@@ -1401,7 +1409,7 @@ def main(args: Args) -> None:
     saved = load_checkpoint(Path(args.resume)) if args.resume else {}
     step = saved.get("step", 0)  # policy steps over all environments and ranks
     updates = saved.get("updates", 0)
-    debt = saved.get("debt", 1.0)  # updates that are due
+    debt = saved.get("debt", 0.0)  # updates that are due
     life = saved.get("life", -1) + 1  # how often the run was resumed
     if args.num_envs % ranks or args.batch_size % ranks:
         fail(f"--num-envs and --batch-size must be multiples of the {ranks} processes")
@@ -1439,6 +1447,8 @@ def main(args: Args) -> None:
             restore_rng(saved["rng"])
 
     ratio = args.train_ratio / (args.batch_size * args.batch_length)
+    # as many starts of sequences as a batch has steps before the first update (official)
+    starts = min(args.batch_size * args.batch_length, (capacity - args.batch_length) * args.num_envs)
     if rank == 0:
         count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
         print(f"{device}, {args.precision}, {args.size}: {count:,} parameters")
@@ -1479,8 +1489,9 @@ def main(args: Args) -> None:
         step += decisions
         row = envs.step(state["action"].cpu().numpy())
 
-        if replay.size * args.num_envs >= args.batch_size * args.batch_length and replay.size > length:
-            debt += args.num_envs * ratio
+        if (replay.size - args.batch_length) * args.num_envs >= starts:
+            # one update at first: the rows before it are not made up for (official)
+            debt += args.num_envs * ratio if updates else 1
             while debt >= 1:
                 metrics = train_step(agent, optimizer, replay, batch_size)
                 updates += 1
@@ -1490,7 +1501,7 @@ def main(args: Args) -> None:
         if rank > 0:
             continue
         for ret, steps in episodes:
-            tqdm.write(f"global_step={step}, episodic_return={ret}")
+            say(f"global_step={step}, episodic_return={ret}")
             log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": steps}, step)
         bar.set_postfix(episodic_return=ret, updates=updates, refresh=False)
         bar.update(step - before)
