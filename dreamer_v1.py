@@ -1,6 +1,7 @@
-"""Dreamer (v1) in one file: learn a world model, then learn to act by back-propagating returns through its dreams.
+"""Dreamer (v1) in one file: learn a world model, then act by back-propagating returns through its dreams.
 
-Paper  Hafner et al., "Dream to Control: Learning Behaviors by Latent Imagination", ICLR 2020, arXiv:1912.01603v3
+Paper  Hafner et al., "Dream to Control: Learning Behaviors by Latent Imagination", ICLR 2020,
+       arXiv:1912.01603v3
 Code   checked against danijar/dreamer at 56d4d44: same parameter counts, same losses (tests/golden)
 
     python dreamer_v1.py                             # ALE/Pong-v5 with continuous actions
@@ -13,8 +14,8 @@ How the pieces fit (T time, B batch, H imagination, N = T*B dreams; time is alwa
     obs_t --Encoder--> tokens_t --.
     h_{t-1}, z_{t-1}, a_{t-1} --RSSM.core--> h_t --prior--> p(z_t | h_t)
                                   '-----------+--posterior--> q(z_t | h_t, tokens_t)
-    s_t = [h_t, z_t] --> reward head, and Decoder or state model q(s_t | obs_t)      (WorldModel.loss)
-    s_0 -a_0-> s_1 -a_1-> ... s_H  imagined with the prior                           (Behaviour.imagine, .loss)
+    s_t = [h_t, z_t] --> reward head, Decoder or state model q(s_t | obs_t)   (WorldModel.loss)
+    s_0 -a_0-> s_1 -a_1-> ... s_H  imagined with the prior                    (Behaviour.imagine, .loss)
 
 Which obs, action and reward share an index. A replay row t holds
 
@@ -24,15 +25,15 @@ Which obs, action and reward share an index. A replay row t holds
 A training sequence is T rows of one episode and the action before them; memory begins with zeros. In a dream
 reward and discount belong to the state itself: V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H.
 
-Names: deter h, stoch z, feat s = [h, z], post q, prior p, cont the discount d, value v, target V. Axes: T time,
-B batch, H imagination, N envs or dreams, S latents, D width of h, F feat, A action.
+Names: deter h, stoch z, feat s = [h, z], post q, prior p, cont the discount d, value v, target V. Axes:
+T time, B batch, H imagination, N envs or dreams, S latents, D width of h, F feat, A action.
 
-D4PG and PlaNet differ so: an actor-critic without a model, as DDPG, maximises a one-step Q and never sees how
-reward follows reward; PlaNet plans anew at each step. Dreamer's value function reaches beyond the horizon, and
-its actor learns from the exact gradient of the model's multi-step returns.
-Differences from the official code: noise is drawn for each sequence (there one draw serves the whole batch); the
-last step of an episode is replayed too; modes are per row; feat is [h, z]; whole Atari games instead of lives;
-float32 or bfloat16 instead of float16; contrastive: the paper's sum over all pairs, in float64.
+How it differs from its relatives: DDPG, an actor-critic without a model, maximises a one-step Q; PlaNet plans
+anew at each step and sees no further than its horizon. Dreamer's actor learns from the exact gradient of the
+model's multi-step returns, and its value function reaches beyond the horizon.
+Differences from the official code: noise is drawn for each sequence (there one draw serves the whole batch);
+the last step of an episode is replayed too; modes are per row; feat is [h, z]; whole Atari games instead of
+lives; float32 or bfloat16 instead of float16; contrastive: the paper's sum, over all pairs, in float64.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -97,7 +98,7 @@ class Args:
     # environment
     num_envs: int = 1  # parallel environments (official)
     continuous: bool = True  # Atari: radius, angle and fire of a joystick instead of 18 buttons (ours)
-    action_repeat: int = 0  # environment steps per policy step; 0: 4 on Atari, 2 on dm_control, else 1 (official)
+    action_repeat: int = 0  # environment steps per policy step; 0: 4 on Atari, 2 on dm_control, else 1
     sticky_actions: float = 0.25  # Atari: probability that a frame repeats the last action (official)
     reward_transform: Literal["tanh", "identity"] = "identity"  # of replayed rewards (official; Atari: tanh)
     # replay and schedule
@@ -117,7 +118,7 @@ class Args:
     units: int = 400  # width of the hidden layers of heads, actor and critic (official; paper: 300)
     kl_scale: float = 1.0  # weight of the KL, beta (official; Atari: 0.1)
     free_nats: float = 3.0  # KL, mean of the batch, below which it is not trained (official)
-    pred_discount: bool = False  # predict episode ends, else the discount is always gamma (official; Atari: True)
+    pred_discount: bool = False  # predict episode ends, else the discount is gamma (official; Atari: True)
     discount_scale: float = 10.0  # weight of the discount loss (official)
     # behaviour
     imag_horizon: int = 15  # imagined steps, H (official; Atari: 10)
@@ -202,10 +203,10 @@ def kl_loss(post: tuple, prior: tuple, free_nats: float) -> tuple[torch.Tensor, 
 
 
 def lambda_return(reward, value, cont, lam) -> torch.Tensor:
-    """V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H. Eq. 5 and 6 (arXiv:1912.01603v3), as recursion:
-    the mixture of k-step returns V^k = r_t + ... + d^{k-1} r_{t+k-1} + d^k v_{t+k} with weights (1-lam) lam^{k-1}.
-    Inputs (H,...), result (H-1,...). `cont` is the discount d. Trap: reward and discount are those of the state
-    itself, and the last state only bootstraps."""
+    """V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H. Eq. 5, 6 (arXiv:1912.01603v3): mixture
+    of all V^k = r_t + ... + d^{k-1} r_{t+k-1} + d^k v_{t+k}, with weights (1-lam) lam^{k-1}, as a recursion.
+    Inputs (H,...), result (H-1,...). `cont` is the discount d. Trap: reward and discount are those of the
+    state itself, and the last state only bootstraps."""
     ret = value[-1]
     rets = []
     for t in reversed(range(len(value) - 1)):
@@ -234,15 +235,16 @@ def pair_log_density(feat: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) 
 
 
 def nce_loss(feat: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """-mean of ln q(s_i | o_i) - ln sum_j q(s_i | o_j), the sum over all N images o_j, also its own. Eq. 12 (J_S).
+    """-mean of ln q(s_i | o_i) - ln sum_j q(s_i | o_j), over all N images, also its own. Eq. 12 (J_S).
     Trap: the released code fixes the image and sums over states: logsumexp over the other axis."""
     density = pair_log_density(feat, mean, std)  # (states, images)
     return -(density.diagonal() - density.logsumexp(1)).mean()
 
 
 class TanhNormal:
-    """Continuous policy: tanh(u), u ~ Normal(5 tanh(m / 5), softplus(s + ln(e^5 - 1)) + 1e-4), for m, s (...,A).
-    A new actor has std 5: six of ten actions lie within 0.01 of a bound. Source: `ActionDecoder`, `SampleDist`."""
+    """Continuous policy: tanh(u), u ~ Normal(5 tanh(m/5), softplus(s + ln(e^5 - 1)) + 1e-4), m, s (...,A).
+    A new actor has std 5: six of ten actions lie within 0.01 of a bound.
+    Source: `ActionDecoder`, `SampleDist`."""
 
     def __init__(self, mean: torch.Tensor, std: torch.Tensor):
         self.mean = 5 * (mean / 5).tanh()
@@ -253,7 +255,7 @@ class TanhNormal:
         return sample_normal(self.mean, self.std).tanh()
 
     def log_prob(self, action: torch.Tensor) -> torch.Tensor:
-        """(...,A) -> (...). Trap: atanh(1) is infinite; actions are cut to the last float32 below 1 (official)."""
+        """(...,A) -> (...). Trap: atanh(1) is infinite; cut to the last float32 below 1 (official)."""
         limit = 1 - 2**-24
         u = action.float().clamp(-limit, limit).atanh().to(self.mean)
         slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # ln of da/du
@@ -376,7 +378,7 @@ class StateModel(nn.Module):
 # ======== 4. world model ========
 class RSSM(nn.Module):
     """Recurrent state-space model: h_t = core(h, z, a), prior p(z_t|h_t), posterior q(z_t|h_t,tokens_t);
-    both are diagonal Gaussians. The paper's transition p(s_t | s_{t-1}, a_{t-1}) is core and prior together."""
+    both are diagonal Gaussians. The paper's transition p(s_t|s_{t-1},a_{t-1}) is core and prior."""
 
     def __init__(self, deter, hidden, stoch, action_dim, tokens):
         super().__init__()
@@ -557,8 +559,8 @@ class Behaviour(nn.Module):
             states     s_0 -a_0-> s_1 -a_1-> s_2 -a_2-> s_3      H = 3
             targets               V_1        V_2        (V_3 = v_3 only bootstraps)
             critic                v_1 - V_1  v_2 - V_2
-        V_t contains r_t, for arriving in s_t, so V_1 is the first target that a_0 can change: the replayed state
-        s_0 takes part in neither loss."""
+        V_t contains r_t, for arriving in s_t, so V_1 is the first target that a_0 can change: the replayed
+        state s_0 takes part in neither loss."""
         reward = world.predict_reward(feat)
         value = self.critic(feat)[..., 0]
         cont = world.predict_cont(feat)
@@ -625,7 +627,7 @@ class Adam:
         average_ranks(grads)
         with torch.no_grad():
             norm = torch.stack(torch._foreach_norm(grads)).norm()
-            torch._foreach_mul_(grads, (self.clip / norm).clamp(max=1))
+            grads = torch._foreach_mul(grads, (self.clip / norm).clamp(max=1))
 
             self.count += 1
             correct1 = 1 - self.beta1 ** self.count
@@ -787,7 +789,7 @@ class Envs:
         if not self.atari:
             options["wrappers"] = [partial(gymnasium.wrappers.RepeatAction, num_repeats=args.action_repeat)]
             if pixels:
-                options["wrappers"].append(gymnasium.wrappers.AddRenderObservation)
+                options["wrappers"].append(render_wrapper)
         try:
             self.envs = gymnasium.make_vec(spec.id, num_envs, **options)
         except gymnasium.error.DependencyNotInstalled as error:
@@ -832,12 +834,14 @@ class Envs:
         unit = action.clip(-1, 1).reshape(-1, *space.shape)
         share = (unit.astype(np.float64) + 1) / 2
         with np.errstate(over="ignore"):
-            width = (space.high - space.low).astype(np.float64)  # infinite also where it overflows
-        low = space.low.astype(np.float64)
+            width = (space.high - space.low).astype(np.float64)
+        bounded = np.isfinite(width)  # it is infinite also where it overflows
+        width = np.where(bounded, width, 0)
+        low = np.where(bounded, space.low, 0).astype(np.float64)
         if np.issubdtype(space.dtype, np.integer):
             native = np.floor(low + share * (width + 1)).clip(low, space.high)  # equal shares
         else:
-            native = np.where(np.isfinite(width), low + share * width, unit.clip(space.low, space.high))
+            native = np.where(bounded, low + share * width, unit.clip(space.low, space.high))
         return native.astype(space.dtype)
 
     def row(self, obs, reward: np.ndarray, **flags: np.ndarray) -> dict[str, np.ndarray]:
@@ -861,12 +865,19 @@ def render_options(spec: gymnasium.envs.registration.EnvSpec, size: int) -> dict
         creator = gymnasium.envs.registration.load_env_creator(creator)
     modes = getattr(creator, "metadata", {}).get("render_modes", ["rgb_array"])
     if "rgb_array" not in modes:
-        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array")
+        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
     options = dict(render_mode="rgb_array")
     if spec.namespace == "dm_control":  # official: small images, the camera that follows
         camera = 2 if "quadruped" in spec.id else 0
         options["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
     return options
+
+
+def render_wrapper(env: gymnasium.Env) -> gymnasium.Env:
+    """The environment seen by its rendered image."""
+    if env.render_mode != "rgb_array":
+        fail(f"{env} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
+    return gymnasium.wrappers.AddRenderObservation(env)
 
 
 def is_image(space: gymnasium.Space) -> bool:
@@ -919,9 +930,9 @@ def make_envs(args: Args, num_envs: int, *key: int) -> Envs:
     """Anything with `reset`, `step`, `shapes`, `action_dim`, `discrete`, `ret` and `length` will do."""
     if args.env_id.startswith("dm_control/"):
         register_dm_control()
-    atari = dict(continuous=args.continuous)
     return Envs(
-        args, num_envs, make_seeds(num_envs, args.seed, *key), 64, pixels=not shows_image(args.env_id), **atari)
+        args, num_envs, make_seeds(num_envs, args.seed, *key), 64, pixels=not shows_image(args.env_id),
+        continuous=args.continuous)
 
 
 def register_dm_control() -> None:
@@ -1016,16 +1027,16 @@ class Storage:
 
 
 class Replay(Storage):
-    """Sequences of finished episodes: an episode uniformly, so steps of short ones come more often, then a start
+    """Chunks of finished episodes: an episode uniformly, so steps of short ones come more often, then a start
     in it, uniform in 0..R - T for an episode of R rows. Source: `tools.load_dataset`.
-    Trap: its start is below R - T, so an episode's last row, the only one that can be terminal, is never seen."""
+    Trap: there it is below R - T, so the last row, the only one that can be terminal, is never seen."""
 
     def __init__(self, *args, length: int, **options):
         super().__init__(*args, **options)
         self.length = length
         self.begun = [0] * self.num_envs  # first row of the running episode
         self.episodes = []  # (first row, number of rows, environment), the oldest first
-        self.unusable = 0  # episodes that are too short, or too long for the ring
+        self.unusable = 0  # episodes in a row that were too short, or too long for the ring
 
     def add(self, row: dict) -> None:
         super().add(row)
@@ -1041,6 +1052,7 @@ class Replay(Storage):
                 if self.length <= rows <= self.size:
                     self.episodes.append((self.begun[env], rows, env))
                     self.episodes.sort()
+                    self.unusable = 0
                 else:
                     self.unusable += 1
         while self.episodes and self.episodes[0][0] < self.rows - self.size:
@@ -1528,14 +1540,14 @@ def main(args: Args) -> None:
                 updates += 1
                 debt -= 1
                 (stopping,) = sum_ranks([len(stop)], device)
-        elif step >= args.learning_starts and not updates:
+        elif step >= args.learning_starts:
             replay.check_usable()
 
         # ---- now and then: log, save, dream, evaluate; rank 0 alone ----
         if rank > 0:
             continue
         for ret, steps in episodes:
-            tqdm.write(f"global_step={step}, episodic_return={ret}")
+            say(f"global_step={step}, episodic_return={ret}")
             log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": steps}, step)
         bar.set_postfix(episodic_return=ret, updates=updates, refresh=False)
         bar.update(step - before)
