@@ -12,6 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 COMMON = dict(env_id="envs:Catch-v0", device="cpu", total_timesteps=24, eval_episodes=1, log_every=1, video_every=0)
 SMALL = {
+    "dreamer_v1": dict(
+        deter=16, hidden=16, stoch=4, cnn_depth=2, units=16, batch_size=2, batch_length=6, imag_horizon=5,
+        learning_starts=8, pretrain=2, train_every=4, train_steps=1, eval_every=0),
     "dreamer_v2": dict(
         deter=16, hidden=16, stoch=4, classes=4, cnn_depth=2, layers=1, units=16, batch_size=2, batch_length=6,
         imag_horizon=5, learning_starts=8, train_every=4, eval_every=0),
