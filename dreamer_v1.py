@@ -778,10 +778,10 @@ class Envs:
         self.atari = spec.id.startswith("ALE/")
         options = dict(vectorization_mode="sync", vector_kwargs=dict(autoreset_mode="NextStep"))
         if self.atari:
-            options = dict(
+            options = dict(  # noop_max is exclusive: 0 to 30 no-ops at reset
                 autoreset_mode="NextStep", img_height=210, img_width=160, grayscale=False, stack_num=1,
                 maxpool=True, frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
-                noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                noop_max=31, use_fire_reset=False, reward_clipping=False, episodic_life=False,
                 max_num_frames_per_episode=108_000)
             options.update(atari)
         elif pixels:
@@ -961,6 +961,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
     free = shutil.disk_usage(run).free / 2**30
     if needed > free:
         fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+
+
+def rows_at_risk(args, step: int, more: int = 0) -> int:
+    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come `more`
+    steps late. An episode has one row more than it has steps."""
+    steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
+    return 2 * steps // args.num_envs + 1
 
 
 class Storage:

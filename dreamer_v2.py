@@ -33,7 +33,7 @@ What changes from DreamerV1: 32 categoricals with straight-through gradients ins
 balancing; a GRU with layer norm; a predicted discount; a target critic; Reinforce for discrete actions;
 ends of episodes are replayed more often.
 Differences from the official code: float32 or bfloat16 instead of float16; feat is [h, z] instead of [z, h];
-0 to 29 no-ops at reset instead of 1 to 30; the environment is not reset between random actions and policy;
+0 to 30 no-ops at reset instead of 1 to 30; the environment is not reset between random actions and policy;
 replay counts rows, resetting rows too; --actor-grad both with continuous actions cuts the sample's gradient
 in its log-probability, the official code does not.
 SPDX-License-Identifier: MIT
@@ -402,7 +402,7 @@ class WorldModel(nn.Module):
         self.decoder = Decoder(channels, self.feat, args.cnn_depth)
         self.reward = scalar_head(self.feat, args.units, args.layers)
         if args.pred_discount:
-            self.cont = mlp(self.feat, args.units, args.layers, 1)
+            self.cont = scalar_head(self.feat, args.units, args.layers)
 
     def predict_reward(self, feat: torch.Tensor) -> torch.Tensor:
         """feat (...,F) -> (...)."""
@@ -737,10 +737,10 @@ class Envs:
         self.atari = spec.id.startswith("ALE/")
         options = dict(vectorization_mode="sync", vector_kwargs=dict(autoreset_mode="NextStep"))
         if self.atari:
-            options = dict(
+            options = dict(  # noop_max is exclusive: 0 to 30 no-ops at reset
                 autoreset_mode="NextStep", img_height=210, img_width=160, grayscale=False, stack_num=1,
                 maxpool=True, frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
-                noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                noop_max=31, use_fire_reset=False, reward_clipping=False, episodic_life=False,
                 max_num_frames_per_episode=108_000)
             options.update(atari)
         elif pixels:

@@ -32,7 +32,8 @@ and two KL weights instead of balancing; a block-diagonal GRU and RMSNorm; the d
 target; percentile-scaled returns; a critic that also learns from replay; one optimiser (LaProp, adaptive
 clipping) for one joint loss; latents kept in replay.
 Differences from the official code: 1 % uniform share in the policy (as in the paper); a time limit is not
-terminal; the policy acts on the newest weights; size12m (GPU) or size1m (CPU) by default instead of size200m.
+terminal; rows of resets are no policy steps; the policy acts on the newest weights and latents go back to replay
+at once; size12m (GPU) or size1m (CPU) by default instead of size200m.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -438,7 +439,7 @@ class WorldModel(nn.Module):
         self.rssm = RSSM(deter, d, stoch, classes, 8, action_dim, self.encoder.tokens, args.unimix)
         self.decoder = Decoder(shapes, deter, stoch * classes, d, d // 16)
         self.reward = twohot_head(self.feat, d, 1)
-        self.cont = mlp(self.feat, d, 1, 1)
+        self.cont = nn.Sequential(*mlp(self.feat, d, 1), init(Float32Linear(d, 1)))
         self.register_buffer("bins", symexp_bins(), persistent=False)
 
     def predict_reward(self, feat: torch.Tensor) -> torch.Tensor:
@@ -746,10 +747,10 @@ class Envs:
         self.atari = spec.id.startswith("ALE/")
         options = dict(vectorization_mode="sync", vector_kwargs=dict(autoreset_mode="NextStep"))
         if self.atari:
-            options = dict(
+            options = dict(  # noop_max is exclusive: 0 to 30 no-ops at reset
                 autoreset_mode="NextStep", img_height=210, img_width=160, grayscale=False, stack_num=1,
                 maxpool=True, frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
-                noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                noop_max=31, use_fire_reset=False, reward_clipping=False, episodic_life=False,
                 max_num_frames_per_episode=108_000)
             options.update(atari)
         elif pixels:
@@ -1351,7 +1352,7 @@ def check_positive(args: Args, names: str) -> None:
 
 def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
-    check_positive(args, "total_timesteps num_envs image_size batch_size train_ratio imag_horizon save_every")
+    check_positive(args, "total_timesteps num_envs image_size batch_size train_ratio imag_horizon warmup agc")
     if args.image_size % 16:
         fail("--image-size must be a multiple of 16")
     if args.batch_length < 2:
