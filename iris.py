@@ -943,7 +943,7 @@ class Envs:
         if not self.atari:
             options["wrappers"] = [partial(gymnasium.wrappers.RepeatAction, num_repeats=args.action_repeat)]
             if pixels:
-                options["wrappers"].append(gymnasium.wrappers.AddRenderObservation)
+                options["wrappers"].append(render_wrapper)
         try:
             self.envs = gymnasium.make_vec(spec.id, num_envs, **options)
         except gymnasium.error.DependencyNotInstalled as error:
@@ -988,12 +988,14 @@ class Envs:
         unit = action.clip(-1, 1).reshape(-1, *space.shape)
         share = (unit.astype(np.float64) + 1) / 2
         with np.errstate(over="ignore"):
-            width = (space.high - space.low).astype(np.float64)  # infinite also where it overflows
-        low = space.low.astype(np.float64)
+            width = (space.high - space.low).astype(np.float64)
+        bounded = np.isfinite(width)  # it is infinite also where it overflows
+        width = np.where(bounded, width, 0)
+        low = np.where(bounded, space.low, 0).astype(np.float64)
         if np.issubdtype(space.dtype, np.integer):
             native = np.floor(low + share * (width + 1)).clip(low, space.high)  # equal shares
         else:
-            native = np.where(np.isfinite(width), low + share * width, unit.clip(space.low, space.high))
+            native = np.where(bounded, low + share * width, unit.clip(space.low, space.high))
         return native.astype(space.dtype)
 
     def row(self, obs, reward: np.ndarray, **flags: np.ndarray) -> dict[str, np.ndarray]:
@@ -1017,12 +1019,19 @@ def render_options(spec: gymnasium.envs.registration.EnvSpec, size: int) -> dict
         creator = gymnasium.envs.registration.load_env_creator(creator)
     modes = getattr(creator, "metadata", {}).get("render_modes", ["rgb_array"])
     if "rgb_array" not in modes:
-        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array")
+        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
     options = dict(render_mode="rgb_array")
     if spec.namespace == "dm_control":  # official: small images, the camera that follows
         camera = 2 if "quadruped" in spec.id else 0
         options["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
     return options
+
+
+def render_wrapper(env: gymnasium.Env) -> gymnasium.Env:
+    """The environment seen by its rendered image."""
+    if env.render_mode != "rgb_array":
+        fail(f"{env} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
+    return gymnasium.wrappers.AddRenderObservation(env)
 
 
 def is_image(space: gymnasium.Space) -> bool:
@@ -1122,6 +1131,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
     free = shutil.disk_usage(run).free / 2**30
     if needed > free:
         fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+
+
+def rows_at_risk(args, step: int, more: int = 0) -> int:
+    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come `more`
+    steps late. An episode has one row more than it has steps."""
+    steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
+    return 2 * steps // args.num_envs + 1
 
 
 class Storage:
@@ -1687,8 +1703,8 @@ def main(args: Args) -> None:
     if saved:
         load_weights(agent, saved["agent"])
         optimizers.load_state_dict(saved["optimizers"])
-        between = args.save_every + args.epoch_steps  # checkpoints are made at the end of epochs
-        replay.load_state_dict(saved["replay"], lost=2 * between // args.num_envs + 1)
+        lost = rows_at_risk(args, step, more=args.epoch_steps)  # checkpoints come at the end of an epoch
+        replay.load_state_dict(saved["replay"], lost)
         if rank == 0:
             restore_rng(saved["rng"])
 
