@@ -34,7 +34,7 @@ of a vocabulary of V words of width E, W width of the Transformer, A actions.
 Differences from the official code. With the same numbers: frames of replay are encoded and decoded once per
 epoch; a frame's last token passes the Transformer together with the next action; dreams run without gradient,
 then the policy sees their frames again; the last action of a dream, whose outcome enters no loss, is not
-given to the world model. With others: the maximum of two frames is taken before the resize; 0 to 29 no-ops at
+given to the world model. With others: the maximum of two frames is taken before the resize; 0 to 30 no-ops at
 reset; games end after 108,000 frames in training too; without LPIPS weights only pixels train the tokenizer.
 SPDX-License-Identifier: MIT
 """
@@ -932,10 +932,10 @@ class Envs:
         self.atari = spec.id.startswith("ALE/")
         options = dict(vectorization_mode="sync", vector_kwargs=dict(autoreset_mode="NextStep"))
         if self.atari:
-            options = dict(
+            options = dict(  # noop_max is exclusive: 0 to 30 no-ops at reset
                 autoreset_mode="NextStep", img_height=210, img_width=160, grayscale=False, stack_num=1,
                 maxpool=True, frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
-                noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                noop_max=31, use_fire_reset=False, reward_clipping=False, episodic_life=False,
                 max_num_frames_per_episode=108_000)
             options.update(atari)
         elif pixels:
