@@ -1,66 +1,64 @@
-"""DreamerV3 in one file: learns a world model from pixels or vectors, and a policy inside its dreams.
+"""DreamerV3 in one file: learn a world model, then learn to act inside its dreams.
 
-Paper    Hafner et al., "Mastering diverse control tasks through world models", Nature 2025, arXiv:2301.04104v2
-Code     compared number by number with danijar/dreamerv3 at commit e3f0224; parameter counts are equal
+Paper  Hafner et al., "Mastering diverse control tasks through world models", arXiv:2301.04104v2 (Nature 2025)
+Code   checked against danijar/dreamerv3 at e3f0224: same parameter counts, same losses (tests/golden)
 
-Run      python dreamer_v3.py --env-id ALE/Pong-v5                      Atari 100k protocol: RGB, no sticky actions
-         python dreamer_v3.py --preset tiny                             every phase in two minutes on a CPU
-         python dreamer_v3.py --env-id CartPole-v1 --train-ratio 512    vectors (--pixels: the rendered image)
-         python dreamer_v3.py --resume auto                             go on after Ctrl-C, SIGTERM or a crash
-         python dreamer_v3.py --resume runs/NAME --eval-episodes 100    a run that has ended is evaluated again
-         torchrun --standalone --nproc_per_node=2 dreamer_v3.py --num-envs 2      two GPUs, or two CPU processes
+    python dreamer_v3.py --env-id ALE/Pong-v5
+    python dreamer_v3.py --env-id CartPole-v1 --train-ratio 512
+    python dreamer_v3.py --preset tiny       # everything once, two minutes on a CPU
+    python dreamer_v3.py --resume auto       # go on after Ctrl-C, a crash or a requeue
 
-Index    One replay row t holds what belongs to one moment:
-            obs_t  reward_t  is_first_t  is_last_t  is_terminal_t | action_t         (h_t, z_t)
-            '---------- arrived together, caused by action_{t-1}  '- chosen on obs_t '- posterior that chose it
-         A training sequence is T+1 rows. Row 0 only lends (h_0, z_0) and action_0; losses run on rows 1..T:
-            h_t = f(h_{t-1}, z_{t-1}, action_{t-1})   z_t ~ q(z_t | h_t, obs_t)   h, z, action zeroed at is_first_t
-         In a dream, reward and continue belong to the state that is entered:
-            s_0 -a_0-> s_1 -a_1-> ... s_H             R_k = r_{k+1} + c_{k+1} ((1-lam) v_{k+1} + lam R_{k+1}), R_H = v_H
+How the pieces fit (T time, B batch, H imagination, N = T*B dreams; time is always axis 0):
 
-Symbols  paper  code          shape                |  paper  code       shape
-         x_t    obs           (T,B,Y,X,C), (T,B,n) |  a_t    action     (T,B,A)  one-hot, or raw continuous
-         h_t    deter         (T,B,D)              |  r_t    reward     (T,B)
-         z_t    stoch         (T,B,S*K) one-hot    |  c_t    cont       (H+1,N)  gamma * p(going on)
-         s_t    feat = [h,z]  (T,B,F)              |  v_t    value      (H+1,N)
-         q, p   post_logits, prior_logits (T,B,S,K)|  R_t    ret        (H,N)
-         T time, B batch, H imagination, N rollouts = T*B (environments in section 4), S groups of K classes.
-         Time is always the first axis. Some texts write s_t for the latent; here it is the pair {h_t, z_t}.
+    obs_t --Encoder--> tokens_t --.
+    h_{t-1}, z_{t-1}, a_{t-1} --RSSM.core--> h_t --prior--> p(z_t | h_t)
+                                  '-----------+--posterior--> q(z_t | h_t, tokens_t)
+    s_t = [h_t, z_t] --> Decoder, reward head, continue head          (WorldModel.loss)
+    s_0 -a_0-> s_1 -a_1-> ... s_H  imagined with the prior            (Behaviour.imagine, .loss)
 
-Delta    against DreamerV2 (tags in the code):
-         D1  vectors are squashed with symlog          D6  one LaProp optimiser, adaptive gradient clipping
-         D2  reward and critic are two-hot             D7  returns are scaled by their 5th-95th percentile range
-         D3  KL: free nats and two fixed weights       D8  the critic also learns on replay; slow critic regularises
-         D4  1 % uniform mix in latents and actor      D9  replay keeps latents, hands out the newest sequences first
-         D5  block GRU, RMSNorm + SiLU, max-pooling    D10 one loss, one backward pass; REINFORCE for all actions
-         D11 one width d sizes all; vectors too        D12 a_t stored beside x_t, r and c of the state entered
-         D13 train ratio; no random start; sampled actions in evaluation
+Which obs, action and reward share an index. A replay row t holds
 
-Differences from the official code, each on purpose:
-         - the discrete actor has the paper's 1 % uniform mix (--actor-unimix 0: today's official behaviour);
-         - a time limit is not a death: is_terminal is set only where the environment says so;
-         - no-ops at reset are 0..29 (official 0..30), drawn by ale-py; the first frame of an episode is never black;
-         - fresh latents are written back at once (official: one update later), the policy acts with the newest weights;
-         - rows that only reset an environment are in replay but are not counted as policy steps.
+    obs_t  reward_t  is_first_t  is_last_t  is_terminal_t | action_t    | h_t, z_t
+    arrived together, caused by action_{t-1}              | chosen here | posterior that chose it
+
+A training sequence is T+1 rows: row 0 only lends h_0, z_0 and action_0; losses run on rows 1..T. In a dream
+reward and continue belong to the state entered: R_k = r_{k+1} + c_{k+1} ((1-lam) v_{k+1} + lam R_{k+1}).
+
+Names: deter h, stoch z (some texts: s), feat s = [h, z], post_logits q, prior_logits p, cont c, ret R.
+Axes: T time, B batch, H imagination, N envs or dreams, S groups of K classes, D width of h, F feat, A action.
+
+What changes from DreamerV2: symlog inputs and two-hot heads; a uniform share in all categoricals; free nats
+and two KL weights instead of balancing; a block-diagonal GRU and RMSNorm; the discount in the continue head's
+target; percentile-scaled returns; a critic that also learns from replay; one optimiser (LaProp, adaptive
+clipping) for one joint loss; latents kept in replay.
+Differences from the official code: 1 % uniform share in the policy (as in the paper); a time limit is not
+terminal; rows of resets are no policy steps; the policy acts on the newest weights and latents go back to replay
+at once; size12m (GPU) or size1m (CPU) by default instead of size200m.
 SPDX-License-Identifier: MIT
 """
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "gymnasium>=1.3", "ale-py>=0.12.1", "tyro>=1.0", "tensorboard>=2.16", "tqdm>=4.60"]
+# dependencies = [
+#     "torch>=2.6", "gymnasium>=1.3", "ale-py>=0.12.1", "tyro>=1.0", "tensorboard>=2.16", "tqdm>=4.60",
+# ]
 # ///
 from __future__ import annotations
 
 import ctypes
-import io
+import importlib
 import json
 import math
 import os
+import random
 import re
+import shutil
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -71,170 +69,131 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from gymnasium.spaces import Box, Dict, Discrete
-from PIL import Image, ImageDraw
+from gymnasium.spaces import Box, Dict, Discrete, Tuple, flatdim, flatten
+from PIL import Image
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter, summary
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import Summary
 from tqdm import tqdm
 
-# ======== 2. arguments ========
-SIZES = dict(size1m=64, size12m=256, size25m=384, size50m=512, size100m=768, size200m=1024, size400m=1536)  # D11: d
+# ======== 1. arguments ========
+SIZES = dict(size1m=64, size12m=256, size25m=384, size50m=512, size100m=768, size200m=1024, size400m=1536)
 
 
 @dataclass
 class Args:
-    """DreamerV3: world model, imagination and actor-critic in one file. Counts accept 1_000_000 and 1e6."""
-
+    # run
     exp_name: str = "dreamer_v3"  # second part of the run directory's name
     env_id: str = "ALE/Pong-v5"  # any Gymnasium id, also module:Env-v0
-    seed: int = 1  # seed of weights, environments and sampling
-    preset: Literal["default", "tiny"] = "default"  # for flags left alone; tiny: all phases in two minutes on two cores
-    total_timesteps: int = 1_000_000  # policy steps over all environments; x action repeat = frames (official: 110_000)
-    num_envs: int = 1  # parallel environments (official: 1 for Atari 100k, 16 elsewhere)
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # weights stay fp32; auto: bf16 on CUDA (official), else fp32
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the steps and the decoder; auto: on CUDA only
+    seed: int = 1  # of weights, environments and sampling
+    preset: Literal["default", "tiny"] = "default"  # tiny: every phase in two minutes on a CPU
+    total_timesteps: int = 1_000_000  # policy steps; frames = steps x action repeat (official: 110_000)
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA (official)
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the recurrent step; auto: on CUDA
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
     save_every: int = 10_000  # policy steps between checkpoints
-    eval_every: int = 0  # policy steps between evaluations; one at the end in any case
-    eval_episodes: int = 10  # episodes per evaluation, or a few more: equally many per environment; 0: none
-    video_every: int = 50_000  # policy steps between open-loop videos; 0: one at the end
+    eval_every: int = 0  # policy steps between evaluations; 0: only one at the end
+    eval_episodes: int = 10  # episodes per evaluation; 0: none
+    video_every: int = 50_000  # policy steps between dream GIFs; 0: only at the end
     log_every: int = 1_000  # policy steps between metric logs
-
-    image_size: int = 64  # side of the square image, a multiple of 16 (official: 64; Atari 200M: 96)
-    action_repeat: int | None = None  # environment steps per policy step; None: 4 on Atari, 1 elsewhere (official)
-    sticky_actions: float = 0.0  # Atari: probability that a frame repeats the last action (official; 200M: 0.25)
+    # environment
+    num_envs: int = 1  # parallel environments (official: 1 for Atari 100k, 16 elsewhere)
+    image_size: int = 64  # side of the image, a multiple of 16
+    action_repeat: int = 0  # environment steps per policy step; 0: 4 on Atari, else 1 (official)
+    sticky_actions: float = 0.0  # Atari: probability that a frame repeats the last action (200M: 0.25)
     pixels: bool = False  # learn from the rendered image instead of the environment's own observation
-
-    buffer_size: int = 5_000_000  # replay rows over all environments (official); never above total_timesteps
-    learning_starts: int = 0  # policy steps before the first update; 0: B*T + T*num_envs (official)
+    # replay and schedule
+    buffer_size: int = 5_000_000  # replay rows (official); an episode takes one more than it has steps
     batch_size: int = 16  # sequences per update, B (official)
-    batch_length: int = 64  # steps per sequence, T, plus one of context (official)
-    train_ratio: float = 256.0  # replayed steps per policy step (official; 200M: 32, proprio: 1024; paper: 128)
-
-    size: Literal[("auto", *SIZES)] = "auto"  # official default: size200m; auto: size12m on a GPU, else size1m
-    free_nats: float = 1.0  # KL below which neither prior nor posterior is trained, in nats per step (official)
-    beta_dyn: float = 1.0  # weight of the prior's KL (official; 0.5 in 2023)
+    batch_length: int = 64  # steps per sequence, T (official)
+    train_ratio: float = 256.0  # replayed steps per policy step (official; paper: 128)
+    # world model
+    size: Literal[("auto", *SIZES)] = "auto"  # auto: size12m on a GPU, size1m on a CPU (official: size200m)
+    free_nats: float = 1.0  # KL below which nothing is trained, nats per step (official)
+    beta_dyn: float = 1.0  # weight of the prior's KL (official)
     beta_rep: float = 0.1  # weight of the posterior's KL (official)
     unimix: float = 0.01  # uniform share of the latent distributions (official)
+    # behaviour
     imag_horizon: int = 15  # imagined steps, H (official)
-    gamma: float = 1 - 1 / 333  # discount: in the continue target and the critic's replay loss (official)
+    gamma: float = 1 - 1 / 333  # discount (official)
     lam: float = 0.95  # lambda of the returns (official)
     ent_coef: float = 3e-4  # entropy bonus (official)
-    actor_unimix: float = 0.01  # uniform share of the discrete policy (paper; 0 in today's official code)
+    actor_unimix: float = 0.01  # uniform share of the discrete policy (paper; today's official code: 0)
     beta_repval: float = 0.3  # weight of the critic's replay loss (official)
     slow_rate: float = 0.02  # step of the slow critic towards the critic, per update (official)
-    lr: float = 4e-5  # learning rate of all networks (official)
+    # optimiser
+    lr: float = 4e-5  # (official)
     warmup: int = 1_000  # updates of linear warm-up; the first has learning rate 0 (official)
-    agc: float = 0.3  # gradient norm allowed per tensor, relative to the tensor's norm; 0: no clipping (official)
+    agc: float = 0.3  # gradient norm allowed per tensor, relative to the tensor's norm (official)
 
 
-PRESETS = dict(default={}, tiny=dict(  # D11
-    size="size1m", total_timesteps=1_200, batch_size=8, batch_length=16, train_ratio=32.0, lr=3e-4, warmup=50,
-    save_every=600, video_every=600, log_every=100, eval_episodes=1, buffer_size=100_000))
+PRESETS = {
+    "default": {},
+    "tiny": dict(
+        size="size1m", total_timesteps=1_200, batch_size=8, batch_length=16, train_ratio=32.0, lr=3e-4,
+        warmup=50, save_every=600, video_every=600, log_every=100, eval_episodes=1),
+}
 
 
-# ==== shared: device and ranks ====
-def fail(message: str):
-    """For everything the user can mend: one clear line on stderr, exit status 2, no traceback."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own beside a progress bar
-    raise SystemExit(2)
+# ======== 2. pure functions ========
+def float32(x: torch.Tensor) -> torch.Tensor:
+    """Norms, softmaxes, losses and returns run in float32 also under bf16; float64 stays, for tests."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def autocast(args, device: torch.device):
-    """bf16 for matrix products and convolutions where --precision says so."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False)
-
-
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Norms, softmaxes, losses and returns run in float32 also under bf16; float64 stays (tests)."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def start_ranks(name: str) -> tuple[int, int, torch.device]:
-    """(rank, world size, device) of this process for --device; torchrun's form a group: nccl on CUDA, else gloo."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name} is not usable here ({str(error).splitlines()[0]}); try --device auto")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-    elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc: keep freed memory (no mmap, no trim); page faults on what was given back cost 2 to 17 % of an update
-        ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:  # hours: rank 0 evaluates while the others wait
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-    return int(os.environ.get("RANK", 0)), world_size, device
-
-
-def gather_ranks(x: torch.Tensor) -> torch.Tensor:
-    """(n,) of every rank -> (world_size*n,), for statistics of the joint batch and what all ranks must agree on."""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
-
-
-def average_ranks(tensors: list[torch.Tensor]) -> None:
-    """Mean over ranks in place, as one flat message: with equal shards, the gradient of the joint batch."""
-    if dist.is_initialized():
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, part in zip(tensors, (flat / dist.get_world_size()).split([t.numel() for t in tensors])):
-            t.copy_(part.view_as(t))  # keeps the strides
-# ==== end shared ====
-
-
-# ======== 3. pure functions ========
-def symlog(x: torch.Tensor) -> torch.Tensor:  # D1
-    """sign(x) ln(|x| + 1), the squashing of vector inputs. Eq. 9 (arXiv:2301.04104v2)."""
+def symlog(x: torch.Tensor) -> torch.Tensor:
+    """Eq. 9 (arXiv:2301.04104v2)."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 
-def symexp_bins(count: int = 255) -> torch.Tensor:  # D2
-    """(count,) bins sign(x) (exp|x| - 1), x in [-20, 20], exactly antisymmetric. Eq. 10 (arXiv:2301.04104v2)."""
+def symexp_bins(count: int = 255) -> torch.Tensor:
+    """symexp of [-20, ..., 20], exactly antisymmetric. Eq. 10 (arXiv:2301.04104v2)."""
     half = -torch.expm1(-torch.linspace(-20, 0, (count + 1) // 2))
     return torch.cat([half, -half[: count // 2].flip(0)])
 
 
 def twohot_loss(logits: torch.Tensor, target: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of softmax(logits (...,K)) with twohot(target (...)), (...). Eq. 11 (arXiv:2301.04104v2).
-    Weights are linear in raw space. The dense target is never built: -sum twohot * log_softmax = logsumexp - lerp."""
-    logits, target = at_least_float32(logits), target.clamp(bins[0], bins[-1])
+    """Cross entropy of softmax(logits (...,K)) with twohot(target (...)). Eq. 11 (arXiv:2301.04104v2).
+    Only two entries of twohot are not zero: -sum twohot * log_softmax = logsumexp - their weighted logits."""
+    logits = float32(logits)
+    target = target.clamp(bins[0], bins[-1])
     above = torch.bucketize(target, bins, right=True).clamp(max=len(bins) - 1)
-    low, high = bins[above - 1], bins[above]
-    picked = logits.gather(-1, torch.stack([above - 1, above], -1))
-    return logits.logsumexp(-1) - torch.lerp(picked[..., 0], picked[..., 1], (target - low) / (high - low))
+    below = above - 1
+    weight = (target - bins[below]) / (bins[above] - bins[below])  # of the bin above
+    logit_below = logits.gather(-1, below[..., None])[..., 0]
+    logit_above = logits.gather(-1, above[..., None])[..., 0]
+    return logits.logsumexp(-1) - torch.lerp(logit_below, logit_above, weight)
 
 
 def twohot_mean(logits: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
-    """Expected value of softmax(logits (...,K)) over the bins, (...). Eq. 10 (arXiv:2301.04104v2).
-    Trap: bins reach 4.85e8, so a plain sum gives -0.4 instead of 0 at initialisation. Subtracting mirrored
-    probabilities first is exactly 0 for a uniform distribution (the middle bin is 0)."""
-    probs, half = at_least_float32(logits).softmax(-1), len(bins) // 2
-    return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * bins[half + 1 :]).sum(-1)
+    """Expected value of softmax(logits (...,K)) over the bins.
+    Trap: bins reach 4.85e8, so a plain sum is -0.4 at initialisation; mirrored bins are subtracted first."""
+    probs = float32(logits).softmax(-1)
+    half = len(bins) // 2
+    positive, negative = probs[..., half + 1 :], probs[..., :half].flip(-1)
+    return ((positive - negative) * bins[half + 1 :]).sum(-1)
 
 
-# ==== shared: categorical latents ====
-def entropy(log_probs: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of log-probabilities (...,K), (...)."""
-    return -(log_probs.exp() * log_probs).sum(-1)
+def unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:
+    """Probabilities (...,K) with a uniform share; sample, KL, entropy and gradient all use these."""
+    return (1 - mix) * float32(logits).softmax(-1) + mix / logits.shape[-1]
+
+
+def log_unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:
+    """Their logarithms. Without a uniform share a probability can be 0, so log_softmax."""
+    return unimix(logits, mix).log() if mix else float32(logits).log_softmax(-1)
 
 
 class StraightThrough(torch.autograd.Function):
-    """Categorical sample of probs (...,K) as exact one-hot vectors, whose gradient is passed to probs as it is.
-    argmax(p / e) with e ~ Exp(1) is an exact draw (exponential race); the noise carries no gradient."""
+    """One-hot sample of probs (...,K) whose gradient goes to probs as it is.
+    argmax(p / e) with e ~ Exp(1) is an exact categorical draw."""
 
     @staticmethod
     def forward(ctx, probs, noise):
-        return torch.zeros_like(probs).scatter_(-1, (probs / noise).argmax(-1, keepdim=True), 1.0)
+        index = (probs / noise).argmax(-1, keepdim=True)
+        return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
     @staticmethod
     def backward(ctx, grad):
@@ -244,267 +203,107 @@ class StraightThrough(torch.autograd.Function):
 sample_onehot = StraightThrough.apply
 
 
+def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
 def categorical_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) in nats, (...), of log-probabilities (...,S,K): summed over the groups S, which are independent."""
+    """KL(p || q) in nats of log-probabilities (...,S,K), summed over the independent groups S."""
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
-# ==== end shared ====
 
 
-def unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:  # D4
-    """Probabilities (...,K) with a uniform share `mix`; sample, KL, entropy and gradient all use these, not logits."""
-    return (1 - mix) * at_least_float32(logits).softmax(-1) + mix / logits.shape[-1]
-
-
-def log_unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:
-    """log unimix(logits), finite also for mix 0, where a probability can be too small for its float."""
-    return unimix(logits, mix).log() if mix else at_least_float32(logits).log_softmax(-1)
-
-
-def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, mix: float, free_nats: float) -> tuple:  # D3
-    """dyn = max(free, KL(sg q || p)), rep = max(free, KL(q || sg p)), and the KL, (T,B). Eq. 3 (arXiv:2301.04104v2).
-    The stop-gradients let dyn train only the prior, rep only the posterior. Free nats apply to the KL summed over the
-    groups, which avoids the solution where both collapse; per group, nothing below 32 nats would be trained."""
-    post, prior = log_unimix(post_logits, mix), log_unimix(prior_logits, mix)
-    dyn, rep = categorical_kl(post.detach(), prior), categorical_kl(post, prior.detach())
+def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, mix: float, free_nats: float) -> tuple:
+    """dyn and rep (T,B), and the KL itself. Eq. 3 (arXiv:2301.04104v2).
+    Trap: free nats apply to the sum over groups, not to each."""
+    post = log_unimix(post_logits, mix)
+    prior = log_unimix(prior_logits, mix)
+    dyn = categorical_kl(post.detach(), prior)  # trains only the prior
+    rep = categorical_kl(post, prior.detach())  # trains only the posterior
     return dyn.clamp(min=free_nats), rep.clamp(min=free_nats), dyn.detach()
 
 
-def lambda_return(reward: torch.Tensor, value: torch.Tensor, live: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
-    """R_k = r_{k+1} + live_{k+1} ((1-lam_{k+1}) v_{k+1} + lam_{k+1} R_{k+1}), R_H = v_H. Eq. 7 (arXiv:2301.04104v2).
-    Inputs (H+1,...), result (H,...). `live` contains the discount; reward and live are those of the state entered."""
-    rets, step = [value[-1]], reward[1:] + live[1:] * (1 - lam[1:]) * value[1:]
-    for r, decay in zip(step.flip(0), (live[1:] * lam[1:]).flip(0)):
-        rets.append(torch.addcmul(r, decay, rets[-1]))
-    return torch.stack(rets[:0:-1])  # in order of time, without R_H
+def lambda_return(reward, value, live, lam) -> torch.Tensor:
+    """R_k = r_{k+1} + live_{k+1} ((1-lam_{k+1}) v_{k+1} + lam_{k+1} R_{k+1}), R_H = v_H.
+    Eq. 7 (arXiv:2301.04104v2). Inputs (H+1,...), result (H,...). `live` contains the discount."""
+    ret = value[-1]
+    rets = []
+    for t in reversed(range(1, len(value))):
+        ret = reward[t] + live[t] * ((1 - lam[t]) * value[t] + lam[t] * ret)
+        rets.append(ret)
+    return torch.stack(rets[::-1])
 
 
-# ======== 4. environment ========
-# ==== shared: environment ====
-class Envs:
-    """`num_envs` copies of an environment; a row of arrays (N,...) per step. Edit here for anything unusual.
-    The step after an episode's end ignores its action and returns the next episode's first observation (NEXT_STEP), so
-    is_first_{t+1} = is_last_t. A time limit is an end, but not terminal. Rewards are raw.
-    Observations: uint8 images, resized and stacked by channel, are `image`; other Boxes, joined, are `vector`.
-    Actions: Discrete, or Box: clipped to [-1, 1], then mapped to the bounds where they are finite.
-    ALE/ ids are ale-py's own vector environment, options in `atari`; with life_loss_info a lost life is terminal, but
-    the game goes on. `pixels`: other ids are seen by their rendered image; None: if they do not show one image.
-    `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
-
-    def __init__(self, args, num_envs: int, seed: int, size: int, pixels: bool | None = None, **atari):
-        self.num_envs, self.seed, self.size, self.atari = num_envs, seed, size, args.env_id.startswith("ALE/")
-        self.life_loss = self.atari and atari.get("life_loss_info", False)
-        wrappers = [lambda env: gymnasium.wrappers.RepeatAction(env, args.action_repeat)]
-        options = dict(vectorization_mode="sync", wrappers=wrappers, vector_kwargs=dict(autoreset_mode="NextStep"))
-        try:
-            if self.atari:
-                options = dict(img_height=210, img_width=160, grayscale=False, stack_num=1, maxpool=True, noop_max=30,
-                               frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
-                               use_fire_reset=False, reward_clipping=False, episodic_life=False,
-                               max_num_frames_per_episode=108_000, autoreset_mode="NextStep") | atari
-            elif pixels is None:
-                with gymnasium.make(args.env_id) as probe:
-                    pixels = len(getattr(probe.observation_space, "shape", None) or ()) != 3
-            if pixels and not self.atari:
-                wrappers.append(gymnasium.wrappers.AddRenderObservation)
-                options["render_mode"] = "rgb_array"
-                if "dm_control/" in args.env_id:  # official: small images, the camera that follows
-                    options["render_kwargs"] = dict(height=size, width=size, camera_id=2 * ("quadruped" in args.env_id))
-            self.envs = gymnasium.make_vec(args.env_id, num_envs, **options)
-        except (gymnasium.error.Error, ImportError, AssertionError, TypeError, ValueError) as error:
-            fail(f"--env-id {args.env_id}: {(str(error) or repr(error)).splitlines()[0]}")  # such as: did you mean ...
-        space, self.act = self.envs.single_observation_space, self.envs.single_action_space
-        if self.atari:  # as `_row` returns it
-            space = Box(0, 255, (size, size, 1 if options["grayscale"] else 3), np.uint8)
-        spaces = dict(space) if isinstance(space, Dict) else {"obs": space}
-        boxes = [(k, s.shape, s.dtype == np.uint8) for k, s in sorted(spaces.items()) if isinstance(s, Box)]
-        self.images = [k for k, shape, byte in boxes if byte and len(shape) == 3 and shape[0] > 4]  # not (C,Y,X)
-        self.vectors = [k for k, shape, byte in boxes if len(shape) < (2 if byte else 3)]
-        self.discrete = isinstance(self.act, Discrete)
-        if len(self.images + self.vectors) < len(spaces) or not (self.discrete or isinstance(self.act, Box)):
-            fail(f"{args.env_id}: {space} with actions {self.act} is not supported; uint8 (Y,X,C) images, Box vectors "
-                 "and Dicts of them are, with Discrete or Box actions (wrap the environment, or edit Envs)")
-        self.action_dim = int(self.act.n) if self.discrete else math.prod(self.act.shape)
-        self.shapes = dict(image=(size, size, sum(spaces[k].shape[-1] for k in self.images))) if self.images else {}
-        if self.vectors:
-            self.shapes["vector"] = tuple(math.prod(spaces[k].shape) for k in self.vectors)  # the length of each part
-
-    def reset(self) -> dict[str, np.ndarray]:
-        self.ret = self.length = self.over = zeros = np.zeros(self.num_envs, bool)
-        return self._row(self.envs.reset(seed=self.seed)[0], zeros, zeros, ~zeros)
-
-    def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
-        """One policy step; `action` (N,A) one-hot, or raw continuous."""
-        if self.discrete:
-            native = action.argmax(-1) + self.act.start  # trap: ale-py hangs for ever on an action out of range
-        else:
-            finite = self.act.bounded_below & self.act.bounded_above
-            unit = action.reshape(-1, *self.act.shape).clip(-1, 1)
-            low, high = np.where(finite, self.act.low, -1), np.where(finite, self.act.high, 1)
-            native = (low + (unit + 1) / 2 * (high - low)).clip(self.act.low, self.act.high).astype(self.act.dtype)
-        obs, reward, terminated, truncated, info = self.envs.step(native)
-        over = terminated & (info["lives"] == 0) if self.life_loss else terminated
-        first, self.over = self.over, truncated | over  # then the next step resets
-        return self._row(obs, reward, terminated, first)
-
-    def _row(self, obs, reward, death, first):
-        self.ret = np.where(first, 0, self.ret + reward)
-        self.length = np.where(first, 0, self.length + 1)
-        if self.atari:
-            obs = obs[:, 0] if obs.ndim == 5 else obs[:, 0, ..., None]
-        obs, row = obs if isinstance(obs, dict) else {"obs": obs}, {}
-        if self.images:  # antialiased as Pillow's BILINEAR, to one gray level (official: V1, V3, IRIS)
-            x = [torch.from_numpy(obs[k]).permute(0, 3, 1, 2) for k in self.images]
-            x = torch.cat([F.interpolate(i, (self.size, self.size), mode="bilinear", antialias=True) for i in x], 1)
-            row["image"] = x.permute(0, 2, 3, 1).numpy()
-        if self.vectors:
-            parts = [np.reshape(obs[k], (self.num_envs, -1)) for k in self.vectors]
-            row["vector"] = np.concatenate(parts, -1, dtype=np.float32)
-        return dict(row, reward=reward.astype(np.float32), is_first=first, is_last=self.over | death, is_terminal=death)
-# ==== end shared ====
-
-
-def make_envs(args: Args, num_envs: int, seed: int) -> Envs:
-    """Anything with `reset`, `step`, `shapes`, `action_dim`, `discrete`, `ret` and `length` as in Envs will do."""
-    return Envs(args, num_envs, seed, args.image_size, args.pixels)  # D11
-
-
-# ======== 5. replay ========
-# ==== shared: replay storage ====
-class Storage:
-    """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...) by field name.
-    `specs`: name -> (shape, dtype). Each field is a memory-mapped file in `folder`, made if `new`: it takes no RAM of
-    its own and survives a kill. `data`: a copy on the GPU if it fits in half of its free memory, else the files. New
-    rows go to both. `beside`: bytes per row that someone else keeps on the same device.
-    `rows` counts all rows ever added; the newest `size` of them are valid."""
-
-    def __init__(self, specs, capacity: int, num_envs: int, device: torch.device, folder: Path, new=True, beside=0):
-        self.capacity, self.num_envs, self.rows, self.size, self.files = capacity, num_envs, 0, 0, {}
-        row, rows = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()), capacity * num_envs
-        fits = device.type == "cuda" and (row + beside) * rows <= torch.cuda.mem_get_info(device)[0] / 2
-        self.device = device if fits else torch.device("cpu")
-        print(f"replay: {rows:,} rows x {row:,} bytes = {row * rows / 2**30:.2f} GiB, {self.device}")
-        folder.mkdir(exist_ok=True)
-        # the row's number comes first: a row whose overwriting was cut off by a kill does not pass for the old one
-        for name, (shape, dtype) in dict(number=((), torch.int64), **specs).items():
-            path, count = folder / f"{name}.bin", rows * math.prod(shape)
-            if new:
-                with open(path, "wb") as file:
-                    if hasattr(os, "posix_fallocate"):  # takes the disk space: an OSError now, not a crash later
-                        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
-            elif path.stat().st_size != count * dtype.itemsize:
-                fail(f"{path} is damaged, or of other --num-envs, --precision, sizes or number of processes")
-            file = torch.from_file(str(path), shared=True, size=count, dtype=dtype)  # makes an empty file long enough
-            self.files[name] = file.view(capacity, num_envs, *shape)
-        self.data = {name: file.to(self.device) for name, file in self.files.items()}
-
-    def add(self, row: dict) -> None:
-        """Append one row: arrays or tensors (num_envs,...) for every field."""
-        row, at = dict(row, number=self.rows), self.rows % self.capacity
-        for name, file in self.files.items():
-            file[at] = self.data[name][at] = torch.as_tensor(row[name])
-        self.rows, self.size = self.rows + 1, min(self.size + 1, self.capacity)
-
-    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
-        """Row numbers and streams (T,B) -> fields (T,B,...), and their flat positions for `write`."""
-        index = rows % self.capacity * self.num_envs + envs
-        return {k: v.flatten(0, 1)[index] for k, v in self.data.items()}, index
-
-    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
-        """Overwrite fields at positions that `gather` returned."""
-        for name, value in values.items():
-            field = self.data[name].flatten(0, 1)  # trap: must be a view; writing to an indexed copy is lost
-            field.index_copy_(0, index.flatten(), value.flatten(0, index.dim() - 1).to(field))
-
-    def state_dict(self) -> dict:
-        return dict(rows=self.rows)
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue at a checkpoint, without old rows that were overwritten after it was made: their numbers differ."""
-        vars(self).update(state)
-        newest = torch.arange(self.rows - 1, max(self.rows - self.capacity, 0) - 1, -1)
-        self.size = int((self.files["number"][newest % self.capacity, 0] == newest).cumprod(0).sum())
-# ==== end shared ====
-
-
-class SequenceReplay(Storage):  # D9
-    """Uniform sequences of endless streams that may cross episode borders. Source: `Replay`, `selectors.Uniform`.
-    Online queue: once a stream has `length` new rows they are handed out once, before the uniform samples."""
-
-    online = 0  # sequences that were handed out so
-
-    def sample(self, batch_size: int, length: int, online: bool = True) -> tuple[dict, torch.Tensor]:
-        """-> fields (length,batch_size,...) on the device, and their positions for `write`."""
-        oldest = self.rows - self.size
-        start, env = torch.rand((2, batch_size), dtype=torch.float64, device=self.device)
-        start, env = oldest + (start * (self.size - length + 1)).long(), (env * self.num_envs).long()
-        if online:  # sequence k of a stream begins at row 1 + k * length (official)
-            first = max(self.online, -(-(oldest - 1) // length) * self.num_envs)
-            self.online = max(first, min(first + batch_size, (self.rows - 1) // length * self.num_envs))
-            fresh = torch.arange(first, self.online, device=self.device)
-            start[: len(fresh)], env[: len(fresh)] = 1 + fresh // self.num_envs * length, fresh % self.num_envs
-        batch, index = self.gather(start + torch.arange(length, device=self.device)[:, None], env.expand(length, -1))
-        batch["is_first"][0] = True  # a sequence begins as an episode does, and an abandoned episode ends (official)
-        batch["is_last"][:-1] |= batch["is_first"][1:]
-        return batch, index
-
-    def state_dict(self) -> dict:
-        return dict(super().state_dict(), online=self.online)
-
-
-def split_context(batch: dict) -> tuple[dict, dict]:  # D9, D12
-    """Rows 0..T (T+1,B,...) -> rows 1..T to train on, and what `RSSM.observe` needs beside their tokens.
-    Row 0 lends its stored latents and its action. The forced is_first sits on row 0, so it does not reset row 1."""
-    return {k: v[1:] for k, v in batch.items()}, dict(prev_action=batch["action"][:-1], is_first=batch["is_first"][1:],
-                                                      deter=batch["deter"][0], stoch=batch["stoch"][0])
-
-
-# ======== 6. networks ========
+# ======== 3. networks ========
 def init(layer: nn.Module, scale: float = 1.0, fan_in: int | None = None) -> nn.Module:
-    """Bias 0, weight normal truncated at 2 sigma, std scale/sqrt(fan_in). Source: `Initializer` (trunc_normal_in)."""
+    """Bias 0, weight normal truncated at 2 sigma with std scale/sqrt(fan_in)."""
     sigma = 1.1368 / math.sqrt(fan_in or layer.weight[0].numel())
-    nn.init.trunc_normal_(layer.weight, 0.0, sigma, -2 * sigma, 2 * sigma)  # trap: the bounds are values, not multiples
+    nn.init.trunc_normal_(layer.weight, 0.0, sigma, -2 * sigma, 2 * sigma)  # trap: bounds are no multiples
     layer.weight.data *= scale
     nn.init.zeros_(layer.bias)
     return layer
 
 
-class BlockLinear(nn.Module):  # D5
-    """(N,in) -> (N,out) as G independent maps of in/G to out/G features; weight (G,in/G,out/G)."""
+class BlockLinear(nn.Module):
+    """(N,in) -> (N,out) as G independent maps of in/G to out/G features."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
         self.bias = nn.Parameter(torch.empty(outputs))
-        init(self, fan_in=inputs)  # trap: that of a block would give sqrt(blocks) times larger weights
+        init(self, fan_in=inputs)  # trap: the fan-in of one block gives sqrt(blocks) times larger weights
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("ngi,gio->ngo", x.unflatten(-1, self.weight.shape[:2]), self.weight).flatten(1) + self.bias
+        x = x.unflatten(-1, self.weight.shape[:2])  # (N,G,in/G)
+        x = torch.einsum("ngi,gio->ngo", x, self.weight).flatten(1)
+        return x + self.bias.to(x.dtype)
 
 
-class NormSiLU(nn.RMSNorm):  # D5
-    """RMSNorm over the last axis with a scale and eps 1e-4, in float32, then SiLU. Source: `nets.Norm`."""
+class NormSiLU(nn.RMSNorm):
+    """RMSNorm over the last axis with scale and eps 1e-4, in float32, then SiLU."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.silu(F.rms_norm(at_least_float32(x), self.weight.shape, self.weight, 1e-4)).to(x.dtype)
+        return F.silu(F.rms_norm(float32(x), self.weight.shape, self.weight, 1e-4)).to(x.dtype)
 
 
-def mlp(inputs: int, units: int, layers: int, outputs: int = 0, scale: float = 1.0) -> nn.Sequential:
-    """`layers` x [linear, RMSNorm, SiLU], then a linear layer to `outputs`, if any; (...,inputs) -> (...,outputs)."""
-    hidden = [m for i in range(layers) for m in (init(nn.Linear(units if i else inputs, units)), NormSiLU(units))]
-    return nn.Sequential(*hidden, *([init(nn.Linear(units, outputs), scale)] if outputs else []))
+class Float32Linear(nn.Linear):
+    """Runs in float32 under autocast. Trap: in bf16 values near 200 have three different numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(float32(x))
 
 
-def upsample_convolve(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:  # D5
-    """Nearest upsampling x2, then the 5x5 convolution; (N,in,Y,X) -> (N,out,2Y,2X).
-    Computed at low resolution: summed over the 2x2 pixels that share an input, the kernel is 6x6, and each of the four
-    output phases sees 3x3 of it. Plain form: `conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))`."""
+def mlp(inputs: int, units: int, layers: int, outputs: int = 0) -> nn.Sequential:
+    """`layers` x [linear, RMSNorm, SiLU], then a linear layer to `outputs`, if any."""
+    modules = []
+    for _ in range(layers):
+        modules += [init(nn.Linear(inputs, units)), NormSiLU(units)]
+        inputs = units
+    if outputs:
+        modules += [init(nn.Linear(inputs, outputs))]
+    return nn.Sequential(*modules)
+
+
+def twohot_head(inputs: int, units: int, layers: int, bins: int = 255) -> nn.Sequential:
+    """MLP to the logits of two-hot bins. Its last layer starts at zero, so it predicts exactly 0 at first."""
+    return nn.Sequential(*mlp(inputs, units, layers), init(Float32Linear(units, bins), 0.0))
+
+
+def conv5(inputs: int, outputs: int) -> nn.Conv2d:
+    return init(nn.Conv2d(inputs, outputs, 5, padding=2))
+
+
+def upsample_convolve(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
+    """Nearest upsampling x2, then 5x5 convolution: `conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))`.
+    At low resolution, in 60 % of the time: each of the four output phases sees 3x3 of a summed 6x6 kernel."""
     kernel = 4 * F.avg_pool2d(conv.weight, 2, stride=1, padding=1)  # (out,in,6,6)
-    phases = torch.stack([kernel[:, :, a::2, b::2] for a in (1, 0) for b in (1, 0)], 1).flatten(0, 1)
-    return F.pixel_shuffle(F.conv2d(x, phases, conv.bias.repeat_interleave(4), padding=1), 2)
+    phases = [kernel[:, :, y::2, x::2] for y in (1, 0) for x in (1, 0)]
+    weight = torch.stack(phases, 1).flatten(0, 1)  # (4*out,in,3,3)
+    return F.pixel_shuffle(F.conv2d(x, weight, conv.bias.repeat_interleave(4), padding=1), 2)
 
 
 class Encoder(nn.Module):
-    """Observations -> tokens (T,B,E): vectors through an MLP, the image through 4 x [conv, max-pool, norm, SiLU]."""
+    """Observations -> tokens (T,B,E): MLP for the vector, 4 x [conv, max-pool, norm, SiLU] for the image."""
 
     def __init__(self, shapes: dict, units: int, depth: int, layers: int = 3):
         super().__init__()
@@ -515,627 +314,1242 @@ class Encoder(nn.Module):
         if "image" in shapes:
             height, width, channels = shapes["image"]
             widths = [channels, 2 * depth, 3 * depth, 4 * depth, 4 * depth]
-            self.convs = nn.ModuleList(init(nn.Conv2d(*pair, 5, padding=2)) for pair in zip(widths, widths[1:]))
-            self.norms = nn.ModuleList(map(NormSiLU, widths[1:]))
-            self.tokens += height // 16 * (width // 16) * widths[-1]
+            self.convs = nn.ModuleList(conv5(a, b) for a, b in zip(widths, widths[1:]))
+            self.norms = nn.ModuleList(NormSiLU(width) for width in widths[1:])
+            self.tokens += (height // 16) * (width // 16) * widths[-1]
 
     def forward(self, obs: dict) -> torch.Tensor:
-        outs = []
+        tokens = []
         if "vector" in obs:
-            outs.append(self.mlp(symlog(obs["vector"])))  # D1
+            tokens.append(self.mlp(symlog(obs["vector"])))
         if "image" in obs:
-            x = obs["image"].flatten(0, 1).to(self.convs[0].weight.dtype) / 255 - 0.5
-            for conv, norm in zip(self.convs, self.norms):  # channels last, as the norm and NumPy want them
-                x = norm(F.max_pool2d(conv(x.permute(0, 3, 1, 2)), 2).permute(0, 2, 3, 1))  # D5
-            outs.append(x.flatten(1).unflatten(0, obs["image"].shape[:2]))  # in Y,X,C order, as the official code
-        return torch.cat(outs, -1)
+            x = obs["image"].flatten(0, 1) / 255 - 0.5  # (T*B,Y,X,C)
+            for conv, norm in zip(self.convs, self.norms):
+                x = conv(x.permute(0, 3, 1, 2))
+                x = F.max_pool2d(x, 2).permute(0, 2, 3, 1)
+                x = norm(x)  # over channels
+            tokens.append(x.flatten(1).unflatten(0, obs["image"].shape[:2]))
+        return torch.cat(tokens, -1)
 
 
 class Decoder(nn.Module):
-    """Latents (T,B,D), (T,B,S*K) -> predicted observations: image in [0,1], vectors in symlog space."""
+    """h (T,B,D), z (T,B,S*K) -> predicted observations: image in [0,1], vector in symlog space."""
 
     def __init__(self, shapes: dict, deter: int, stoch: int, units: int, depth: int, layers: int = 3):
         super().__init__()
         self.shapes = shapes
-        if "vector" in shapes:  # one output layer for each part, because gradients are clipped per tensor
-            self.mlp = mlp(stoch + deter, units, layers)
-            self.mlp_outs = nn.ModuleList(init(nn.Linear(units, n)) for n in shapes["vector"])
+        if "vector" in shapes:
+            self.mlp = mlp(deter + stoch, units, layers)
+            self.vectors = nn.ModuleList(init(nn.Linear(units, width)) for width in shapes["vector"])
         if "image" in shapes:
             height, width, channels = shapes["image"]
-            widths, blocks = [4 * depth, 4 * depth, 3 * depth, 2 * depth, channels], 8
-            self.grid = (blocks, height // 16, width // 16, 4 * depth // blocks)
+            widths = [4 * depth, 4 * depth, 3 * depth, 2 * depth, channels]
+            blocks = 8
+            self.grid = (blocks, height // 16, width // 16, widths[0] // blocks)
             self.from_deter = BlockLinear(deter, math.prod(self.grid), blocks)
             self.from_stoch = mlp(stoch, 2 * units, 1, math.prod(self.grid))
-            self.convs = nn.ModuleList(init(nn.Conv2d(*pair, 5, padding=2)) for pair in zip(widths, widths[1:]))
-            self.norms = nn.ModuleList(map(NormSiLU, widths[:-1]))
+            self.convs = nn.ModuleList(conv5(a, b) for a, b in zip(widths, widths[1:]))
+            self.norms = nn.ModuleList(NormSiLU(width) for width in widths[:-1])
 
     def forward(self, deter: torch.Tensor, stoch: torch.Tensor) -> dict:
         out = {}
         if "vector" in self.shapes:
             x = self.mlp(torch.cat([stoch, deter], -1))
-            out["vector"] = torch.cat([layer(x) for layer in self.mlp_outs], -1)
+            out["vector"] = torch.cat([layer(x) for layer in self.vectors], -1)  # one per part (official)
         if "image" in self.shapes:
-            x = self.from_deter(deter.flatten(0, -2)).unflatten(-1, self.grid).permute(0, 2, 3, 1, 4)  # (N,y,x,G,C/G)
-            x = (x + self.from_stoch(stoch.flatten(0, -2)).view(x.shape)).flatten(3)
+            x = self.from_deter(deter.flatten(0, 1)).unflatten(-1, self.grid)
+            x = x.permute(0, 2, 3, 1, 4)  # (T*B,y,x,G,C/G)
+            x = (x + self.from_stoch(stoch.flatten(0, 1)).view(x.shape)).flatten(3)
             for norm, conv in zip(self.norms, self.convs):
-                x = upsample_convolve(norm(x).permute(0, 3, 1, 2), conv).permute(0, 2, 3, 1)
-            out["image"] = at_least_float32(x).sigmoid().unflatten(0, deter.shape[:-1])
+                x = norm(x).permute(0, 3, 1, 2)
+                x = upsample_convolve(x, conv).permute(0, 2, 3, 1)
+            out["image"] = float32(x).sigmoid().unflatten(0, deter.shape[:2])
         return out
 
 
-# ======== 7. world model ========
-class RSSM(nn.Module):  # D5
-    """Recurrent state-space model: h_t = f(h, z, a), prior p(z_t | h_t), posterior q(z_t | h_t, tokens_t).
-    In the official cell each block reads its slice of h and all of [x_h, x_z, x_a]; for the latter the weights are
-    one dense matrix, only the slice needs blocks. What does not depend on the recurrence is taken out of the scan: the
-    token part of the posterior's first layer, the action part of the cell, the prior, all noise."""
+# ======== 4. world model ========
+class RSSM(nn.Module):
+    """Recurrent state-space model: h_t = core(h, z, a), prior p(z_t|h_t), posterior q(z_t|h_t,tokens_t)."""
 
     def __init__(self, deter, hidden, stoch, classes, blocks, action_dim, tokens, mix):
         super().__init__()
         self.deter, self.stoch, self.classes, self.blocks, self.mix = deter, stoch, classes, blocks, mix
-        self.in_deter, self.in_stoch, self.in_action = (mlp(n, hidden, 1) for n in (deter, stoch * classes, action_dim))
-        self.hid, self.hid_norm = BlockLinear(deter + blocks * 3 * hidden, deter, blocks), NormSiLU(deter)
+        self.in_deter = mlp(deter, hidden, 1)
+        self.in_stoch = mlp(stoch * classes, hidden, 1)
+        self.in_action = mlp(action_dim, hidden, 1)
+        self.hid = BlockLinear(deter + blocks * 3 * hidden, deter, blocks)
+        self.hid_norm = NormSiLU(deter)
         self.gru = BlockLinear(deter, 3 * deter, blocks)
-        self.post_hid, self.post_out = mlp(deter + tokens, hidden, 1), init(nn.Linear(hidden, stoch * classes))
-        self.prior = nn.Sequential(*mlp(deter, hidden, 2, stoch * classes), nn.Unflatten(-1, (stoch, classes)))
+        self.posterior = mlp(deter + tokens, hidden, 1, stoch * classes)
+        self.prior = mlp(deter, hidden, 2, stoch * classes)
 
-    def noise(self, *lead: int) -> torch.Tensor:
-        """Exp(1) for the samples of latents, (*lead,S,K)."""
-        return torch.empty(*lead, self.stoch, self.classes, device=self.gru.bias.device).exponential_()
+    def core(self, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Block-diagonal GRU: h (B,D), z (B,S*K), a (B,A) -> h' (B,D). A block sees its part of h."""
+        action = action.to(deter.dtype).clamp(-1, 1)
+        x = torch.cat([self.in_deter(deter), self.in_stoch(stoch), self.in_action(action)], -1)
+        blocks = deter.unflatten(-1, (self.blocks, -1))  # (B,G,D/G)
+        x = torch.cat([blocks, x[:, None].expand(-1, self.blocks, -1)], -1)
+        x = self.hid_norm(self.hid(x.flatten(1)))
+        gates = self.gru(x).unflatten(-1, (self.blocks, -1))
+        reset, cand, update = gates.chunk(3, -1)  # thirds of each block
+        cand = torch.tanh(reset.sigmoid() * cand)
+        update = (update - 1).sigmoid()
+        return torch.lerp(blocks, cand, update).flatten(1)  # update * cand + (1 - update) * h
 
-    def scan_weights(self, dtype: torch.dtype) -> tuple[dict, dict]:  # D5
-        """The products of a step, packed once per scan, in computation precision: matrices, and biases (rows), by name.
-        The caller adds the rows `dense` (action; official: a / sg(max(1, |a|)), equal) and `post_hid` (tokens)."""
-        part, hidden = self.deter // self.blocks, self.in_deter[0].out_features
-        joint = self.hid.weight[:, part:].transpose(0, 1).flatten(1)  # rows [x_h, x_z, x_a], columns in block order
-        reset, cand, update = self.gru.bias.view(self.blocks, 1, -1).chunk(3, -1)  # official: sigmoid(update - 1)
-        weights = dict(in_deter=self.in_deter[0].weight.T, in_stoch=self.in_stoch[0].weight.T, gru=self.gru.weight,
-                       own=self.hid.weight[:, :part], dense=joint[: 2 * hidden], action=joint[2 * hidden :],
-                       post_hid=self.post_hid[0].weight[:, : self.deter].T, post_out=self.post_out.weight.T)
-        biases = dict(in_deter=self.in_deter[0].bias[None], in_stoch=self.in_stoch[0].bias[None],
-                      own=self.hid.bias.view(self.blocks, 1, -1), gru=torch.cat([reset, cand, update - 1], -1),
-                      post_out=self.post_out.bias[None])
-        return tuple({k: v.to(dtype) for k, v in group.items()} for group in (weights, biases))
+    def sample(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (...,S,K) -> one-hot z (...,S*K) with straight-through gradient."""
+        noise = torch.empty_like(logits, dtype=torch.float32).exponential_()
+        return sample_onehot(unimix(logits, self.mix), noise).flatten(-2).to(logits.dtype)
 
-    def core(self, weights: dict, biases: dict, deter: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
-        """h' = f(h, z, a), a block-diagonal GRU: (B,D), (B,S*K) -> (B,D); a is in the bias `dense`."""  # D5
-        x_h = self.in_deter[1](torch.addmm(biases["in_deter"], deter, weights["in_deter"]))
-        x_z = self.in_stoch[1](torch.addmm(biases["in_stoch"], stoch, weights["in_stoch"]))
-        x = torch.addmm(biases["dense"], torch.cat([x_h, x_z], -1), weights["dense"])
-        blocks = deter.unflatten(-1, (self.blocks, -1))
-        own = torch.baddbmm(biases["own"], blocks.transpose(0, 1), weights["own"]).transpose(0, 1)  # (B,G,D/G)
-        x = self.hid_norm((x.view_as(blocks) + own).flatten(1)).view_as(blocks)
-        gates = torch.baddbmm(biases["gru"], x.transpose(0, 1), weights["gru"]).transpose(0, 1)  # (B,G,3*D/G)
-        reset, cand, update = gates.chunk(3, -1)  # thirds of each block; h' = u tanh(r c) + (1 - u) h
-        return torch.lerp(blocks, torch.tanh(reset.sigmoid() * cand), update.sigmoid()).flatten(1)
-
-    def observe_step(self, weights: dict, biases: dict, deter, stoch, noise) -> tuple:
-        """One posterior step: (B,D), (B,S*K), noise (B,S,K) -> h', z', logits (B,S,K)."""
-        deter = self.core(weights, biases, deter, stoch)
-        x = self.post_hid[1](torch.addmm(biases["post_hid"], deter, weights["post_hid"]))
-        logits = torch.addmm(biases["post_out"], x, weights["post_out"]).unflatten(-1, (self.stoch, self.classes))
-        return deter, sample_onehot(unimix(logits, self.mix), noise).to(deter.dtype).flatten(1), logits
+    def groups(self, logits: torch.Tensor) -> torch.Tensor:
+        """(...,S*K) -> (...,S,K)."""
+        return logits.unflatten(-1, (self.stoch, self.classes))
 
     def observe(self, tokens, prev_action, is_first, deter, stoch) -> tuple:
-        """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), carry h (B,D), z (B,S*K)
+        """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), h (B,D), z (B,S*K)
         -> h (T,B,D), z (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
-        dtype, (weights, biases) = tokens.dtype, self.scan_weights(tokens.dtype)  # D5
-        keep = (~is_first).to(dtype)[..., None]  # trap: h, z and the previous action all start from zero in an episode
-        # of all steps, (T,...,B,out): one sum is a bias's gradient; `unbind`: bias[t] makes a full-size one for every t
-        biases = {k: bias.expand(len(tokens), *bias.shape[:-2], keep.shape[1], -1) for k, bias in biases.items()}
-        biases["dense"] = self.in_action(prev_action.to(dtype).clamp(-1, 1) * keep) @ weights["action"]
-        biases["post_hid"] = F.linear(tokens, self.post_hid[0].weight[:, self.deter :], self.post_hid[0].bias)
-        deter, stoch, outs = deter.to(dtype), stoch.to(dtype), []
-        for *bias, k, noise in zip(*(x.unbind() for x in biases.values()), keep.unbind(), self.noise(*is_first.shape)):
-            deter, stoch, logits = self.observe_step(weights, dict(zip(biases, bias)), deter * k, stoch * k, noise)
-            outs.append((deter, stoch, logits))
-        return tuple(map(torch.stack, zip(*outs)))
+        deter, stoch = deter.to(tokens.dtype), stoch.to(tokens.dtype)
+        keep = (~is_first).to(tokens.dtype)[..., None]
+        deters, stochs, post_logits = [], [], []
+        for token, action, k in zip(tokens.unbind(), prev_action.unbind(), keep.unbind()):
+            deter = self.core(deter * k, stoch * k, action * k)  # all three start from zero in an episode
+            logits = self.groups(self.posterior(torch.cat([deter, token], -1)))
+            stoch = self.sample(logits)
+            deters.append(deter)
+            stochs.append(stoch)
+            post_logits.append(logits)
+        return torch.stack(deters), torch.stack(stochs), torch.stack(post_logits)
 
-    def imagine_step(self, weights: dict, biases: dict, deter, stoch, action, noise) -> tuple:  # D5
-        """One step without observation: (N,D), (N,S*K), action (N,A), noise (N,S,K) -> h', z' ~ p(z' | h')."""
-        biases = dict(biases, dense=self.in_action(action.to(deter.dtype).clamp(-1, 1)) @ weights["action"])
-        deter = self.core(weights, biases, deter, stoch)
-        return deter, sample_onehot(unimix(self.prior(deter), self.mix), noise).to(deter.dtype).flatten(1)
+    def imagine_step(self, deter, stoch, action) -> tuple:
+        """One step without observation: h (N,D), z (N,S*K), action (N,A) -> h', z' ~ p(z' | h')."""
+        deter = self.core(deter, stoch, action)
+        return deter, self.sample(self.groups(self.prior(deter)))
 
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward and continue heads of width d: h has 8d units, z 32 groups of d/16 classes."""
+    """Encoder, RSSM, decoder, reward and continue heads. One width d sizes all: h 8d units, z 32 x d/16."""
 
     def __init__(self, shapes: dict, action_dim: int, args: Args):
         super().__init__()
-        d, stoch = SIZES[args.size], 32
-        deter, classes = 8 * d, d // 16
-        self.args, self.feat = args, deter + stoch * classes
+        d = SIZES[args.size]
+        deter, stoch, classes = 8 * d, 32, d // 16
+        self.args = args
+        self.feat = deter + stoch * classes
         self.encoder = Encoder(shapes, d, d // 16)
         self.rssm = RSSM(deter, d, stoch, classes, 8, action_dim, self.encoder.tokens, args.unimix)
         self.decoder = Decoder(shapes, deter, stoch * classes, d, d // 16)
-        self.reward = mlp(self.feat, d, 1, 255, scale=0.0)  # D2: predicts exactly 0 at first
-        self.cont = mlp(self.feat, d, 1, 1)
+        self.reward = twohot_head(self.feat, d, 1)
+        self.cont = nn.Sequential(*mlp(self.feat, d, 1), init(Float32Linear(d, 1)))
         self.register_buffer("bins", symexp_bins(), persistent=False)
 
+    def predict_reward(self, feat: torch.Tensor) -> torch.Tensor:
+        return twohot_mean(self.reward(feat), self.bins)
+
+    def predict_cont(self, feat: torch.Tensor) -> torch.Tensor:
+        """gamma * p(the episode goes on): the discount is in the head's target."""
+        return float32(self.cont(feat)[..., 0]).sigmoid()
+
     def loss(self, rows: dict, context: dict) -> tuple[dict, dict, dict]:
-        """Of `split_context` -> losses (T,B), posterior {deter, stoch} (T,B,...), metrics."""
+        """Replay rows (T,B,...) and what `observe` needs besides -> losses (T,B), posterior, metrics."""
         deter, stoch, post_logits = self.rssm.observe(self.encoder(rows), **context)
-        prior_logits = self.rssm.prior(deter)
-        dyn, rep, kl = kl_losses(post_logits, prior_logits, self.args.unimix, self.args.free_nats)
-        feat, losses = torch.cat([deter, stoch], -1), {}
-        for key, recon in self.decoder(deter, stoch).items():  # summed over pixels and channels or entries; no 1/2
-            target = rows[key].to(recon.dtype) / 255 if key == "image" else symlog(rows[key])
-            losses[key] = (at_least_float32(recon) - target).square().flatten(2).sum(-1)
-        target = (1 - rows["is_terminal"].float()) * self.args.gamma  # soft: a dream needs no other discount
-        cont = at_least_float32(self.cont(feat))[..., 0]
-        losses.update(dyn=dyn, rep=rep, reward=twohot_loss(self.reward(feat), rows["reward"], self.bins),
-                      cont=F.binary_cross_entropy_with_logits(cont, target, reduction="none"))
-        entropies = {f"wm/{k}_entropy": entropy(log_unimix(logits.detach(), self.args.unimix)).sum(-1).mean()
-                     for k, logits in (("post", post_logits), ("prior", prior_logits))}
-        return losses, dict(deter=deter, stoch=stoch), {"wm/kl": kl.mean(), **entropies}
+        prior_logits = self.rssm.groups(self.rssm.prior(deter))
+        feat = torch.cat([deter, stoch], -1)
+        losses = {}
+        losses["dyn"], losses["rep"], kl = kl_losses(
+            post_logits, prior_logits, self.args.unimix, self.args.free_nats)
+        for name, recon in self.decoder(deter, stoch).items():
+            target = rows["image"] / 255 if name == "image" else symlog(rows["vector"])
+            losses[name] = (float32(recon) - target).square().flatten(2).sum(-1)  # summed over pixels; no 1/2
+        losses["reward"] = twohot_loss(self.reward(feat), rows["reward"], self.bins)
+        cont = ~rows["is_terminal"] * self.args.gamma  # soft: a dream needs no other discount
+        cont_logit = float32(self.cont(feat)[..., 0])
+        losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont.to(cont_logit), reduction="none")
+        with torch.no_grad():
+            metrics = {
+                "wm/kl": kl.mean(),
+                "wm/post_entropy": entropy(log_unimix(post_logits, self.args.unimix)).sum(-1).mean(),
+                "wm/prior_entropy": entropy(log_unimix(prior_logits, self.args.unimix)).sum(-1).mean(),
+            }
+        return losses, dict(deter=deter, stoch=stoch), metrics
 
 
-# ======== 8. behaviour ========
+# ======== 5. behaviour ========
 class Behaviour(nn.Module):
-    """Actor, critic and slow critic on feat = [h, z], trained in dreams. Source: `imag_loss`, `repl_loss`."""
+    """Actor, critic and slow critic on feat = [h, z], trained in dreams."""
 
     def __init__(self, feat: int, action_dim: int, discrete: bool, args: Args):
         super().__init__()
-        self.args, self.discrete, self.action_dim, d = args, discrete, action_dim, SIZES[args.size]
-        outs = [init(nn.Linear(d, action_dim), 0.01) for _ in range(1 if discrete else 2)]  # logits, or mean and std
-        self.actor = nn.ModuleList([mlp(feat, d, 3), *outs])
-        self.critic = mlp(feat, d, 3, 255, scale=0.0)
-        self.slow_critic = mlp(feat, d, 3, 255, scale=0.0).requires_grad_(False)
+        d = SIZES[args.size]
+        self.args, self.discrete = args, discrete
+        self.actor = mlp(feat, d, 3)
+        self.actor_mean = init(nn.Linear(d, action_dim), 0.01)  # logits of discrete actions
+        if not discrete:
+            self.actor_std = init(nn.Linear(d, action_dim), 0.01)
+        self.critic = twohot_head(feat, d, 3)
+        self.slow_critic = twohot_head(feat, d, 3).requires_grad_(False)
         self.slow_critic.load_state_dict(self.critic.state_dict())
         self.register_buffer("percentiles", torch.zeros(2))
         self.register_buffer("bins", symexp_bins(), persistent=False)
 
-    def noise(self, *lead: int) -> torch.Tensor:
-        """What `sample` consumes, (*lead,A): Exp(1) for a categorical race, N(0,1) for a Gaussian."""
-        noise = torch.empty(*lead, self.action_dim, device=self.bins.device)
-        return noise.exponential_() if self.discrete else noise.normal_()
+    def policy(self, feat: torch.Tensor):
+        """Log-probabilities (...,A) of one-hot actions, or a Normal; the environment clips its samples."""
+        x = self.actor(feat)
+        mean = float32(self.actor_mean(x))
+        if self.discrete:
+            return log_unimix(mean, self.args.actor_unimix)
+        std = 0.1 + 0.9 * (float32(self.actor_std(x)) + 2).sigmoid()
+        return torch.distributions.Normal(mean.tanh(), std, validate_args=False)
 
-    def policy(self, feat: torch.Tensor) -> torch.Tensor | torch.distributions.Normal:
-        """Log-probabilities (...,A) of one-hot actions, or Normal(tanh m, 0.1 + 0.9 sigmoid(s + 2)). Source: `outs.py`.
-        Not squashed: log_prob is that of the raw continuous sample, which the environment clips to [-1, 1]."""
-        hidden, *outs = self.actor
-        x = hidden(feat)
-        raw = at_least_float32(torch.cat([out(x) for out in outs], -1))
-        if self.discrete:  # D4
-            return log_unimix(raw, self.args.actor_unimix)
-        mean, std = raw.chunk(2, -1)  # D10
-        return torch.distributions.Normal(mean.tanh(), 0.1 + 0.9 * (std + 2).sigmoid(), validate_args=False)
-
-    def sample(self, feat: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Actions (...,A) of the policy; needs no gradient."""
+    def sample(self, feat: torch.Tensor) -> torch.Tensor:
+        """feat (...,F) -> one-hot or raw continuous action (...,A)."""
         policy = self.policy(feat)
-        return sample_onehot(policy.exp(), noise) if self.discrete else policy.mean + policy.stddev * noise
+        if self.discrete:
+            return sample_onehot(policy.exp(), torch.empty_like(policy).exponential_())
+        return policy.sample()
 
-    @torch.no_grad()  # REINFORCE needs no gradient through the dream: states and actions are constants of both losses
-    def imagine(self, rssm: RSSM, deter, stoch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Roll the policy out from (N,D), (N,S*K) -> feat (H+1,N,F), action (H,N,A)."""
-        lead, weights = (self.args.imag_horizon, len(deter)), rssm.scan_weights(deter.dtype)
+    @torch.no_grad()  # REINFORCE needs no gradient through the dream
+    def imagine(self, rssm: RSSM, deter: torch.Tensor, stoch: torch.Tensor) -> tuple:
+        """Roll the policy out from h (N,D), z (N,S*K) -> feat (H+1,N,F), action (H,N,A)."""
         feats, actions = [torch.cat([deter, stoch], -1)], []
-        for action_noise, stoch_noise in zip(self.noise(*lead), rssm.noise(*lead)):
-            actions.append(self.sample(feats[-1], action_noise))  # D10
-            deter, stoch = rssm.imagine_step(*weights, deter, stoch, actions[-1], stoch_noise)
+        for _ in range(self.args.imag_horizon):
+            action = self.sample(feats[-1])
+            deter, stoch = rssm.imagine_step(deter, stoch, action)
             feats.append(torch.cat([deter, stoch], -1))
+            actions.append(action)
         return torch.stack(feats), torch.stack(actions)
 
-    @torch.no_grad()  # D7
-    def return_scale(self, ret: torch.Tensor, rate: float = 0.01) -> torch.Tensor:
-        """Advantages are divided by max(1, S), S = EMA(Per95 - Per5, 0.99) of all returns. Eq. 8 (arXiv:2301.04104v2).
-        0.99 is the share of the old value. Both percentiles are averaged on their own, from 0, without bias correction
-        (official), so the divisor is 1 at first. Takes the returns of all ranks, any shape; -> divisor ()."""
-        ret = gather_ranks(ret.flatten())
-        self.percentiles.lerp_(torch.stack([ret.quantile(0.05), ret.quantile(0.95)]), rate)
+    @torch.no_grad()
+    def return_scale(self, ret: torch.Tensor) -> torch.Tensor:
+        """max(1, S), S = EMA(Per95 - Per5, 0.99). Eq. 8 (arXiv:2301.04104v2). From 0, no bias correction."""
+        batch = gather_ranks(ret.flatten())  # percentiles over all dreams and steps at once
+        low = batch.quantile(0.05)
+        high = batch.quantile(0.95)
+        self.percentiles.lerp_(torch.stack([low, high]).to(self.percentiles), 0.01)
         return (self.percentiles[1] - self.percentiles[0]).clamp(min=1)
 
-    def value_loss(self, logits: torch.Tensor, slow_logits: torch.Tensor, ret: torch.Tensor) -> torch.Tensor:  # D8
-        """Two-hot regression on the return, and on the slow critic's mean as regulariser; targets carry no gradient."""
+    def value_loss(self, logits: torch.Tensor, slow_logits: torch.Tensor, ret: torch.Tensor) -> torch.Tensor:
+        """Two-hot regression on the return, and on the slow critic's mean as regulariser."""
         slow_value = twohot_mean(slow_logits.detach(), self.bins)
         return twohot_loss(logits, ret.detach(), self.bins) + twohot_loss(logits, slow_value, self.bins)
 
-    def imagination_losses(self, policy, action, value_logits, slow_logits, reward, cont) -> tuple:
-        """Actor and critic losses (H,N), returns (H,N), metrics; from `policy` in s_0..s_{H-1}, action (H,N,A), and the
-        predictions for s_0..s_H, (H+1,N). Eq. 5 to 7 (arXiv:2301.04104v2) as losses, weighted by continuation."""
-        if self.discrete:
-            bonus, log_prob = entropy(policy), (policy * action).sum(-1)
-        else:
-            bonus, log_prob = policy.entropy().sum(-1), policy.log_prob(action).sum(-1)  # D10
+    def imagination_losses(self, world: WorldModel, start: dict) -> tuple[dict, torch.Tensor, dict]:
+        """Actor and critic losses (H,N), returns (H,N) of dreams from every posterior state. Eq. 5 to 7."""
+        feat, action = self.imagine(world.rssm, start["deter"], start["stoch"])
+        with torch.no_grad():  # the behaviour must not bend the world model
+            reward, cont = world.predict_reward(feat), world.predict_cont(feat)
+        value_logits = self.critic(feat)
+        slow_logits = self.slow_critic(feat)
         value = twohot_mean(value_logits.detach(), self.bins)
         ret = lambda_return(reward, value, cont, torch.full_like(cont, self.args.lam))  # cont contains gamma
-        weight = cont.cumprod(0)[:-1]  # w_0 = c_0, not 1: a dream that starts at a terminal state teaches nothing
-        scale = self.return_scale(ret)  # D7: updated before use
-        advantage = ((ret - value[:-1]) / scale).detach()  # a constant for the actor
-        losses = dict(policy=-weight * (log_prob * advantage + self.args.ent_coef * bonus),  # D10
-                      value=weight * self.value_loss(value_logits[:-1], slow_logits[:-1], ret))
-        return losses, ret, {"ac/entropy": bonus.mean().detach(), "ac/return": ret.mean(), "ac/return_scale": scale,
-                             "ac/value": value.mean()}
+        weight = cont.cumprod(0)[:-1]  # w_0 = c_0: a dream that starts at a terminal state teaches nothing
+        scale = self.return_scale(ret)
+        advantage = (ret - value[:-1]) / scale
 
-    def replay_loss(self, value_logits, slow_logits, boot, rows: dict) -> tuple:  # D8
-        """Critic on replayed states (T,B), `boot` = R_0 of the dream from each state; -> loss, return (T-1,B).
-        Gamma is explicit, the flag hard. An episode's last step has weight 0; truncated, it is bootstrapped from."""
-        live, going_on = (1 - rows["is_terminal"].float()) * self.args.gamma, 1 - rows["is_last"].float()
+        policy = self.policy(feat[:-1])
+        if self.discrete:
+            log_prob = (policy * action).sum(-1)
+            bonus = entropy(policy)
+        else:
+            log_prob = policy.log_prob(action).sum(-1)
+            bonus = policy.entropy().sum(-1)
+        losses = dict(
+            policy=-weight * (log_prob * advantage + self.args.ent_coef * bonus),
+            value=weight * self.value_loss(value_logits[:-1], slow_logits[:-1], ret))
+        metrics = {
+            "ac/entropy": bonus.mean().detach(),
+            "ac/return": ret.mean(),
+            "ac/return_scale": scale,
+            "ac/value": value.mean(),
+        }
+        return losses, ret, metrics
+
+    def replay_loss(self, post: dict, boot: torch.Tensor, rows: dict) -> torch.Tensor:
+        """Critic on replayed states; `boot` (T,B): R_0 of the dream from each. Trains the world model too."""
+        feat = torch.cat([post["deter"], post["stoch"]], -1)  # not detached
+        logits = self.critic(feat)
+        slow_logits = self.slow_critic(feat.detach())
+        live = ~rows["is_terminal"] * self.args.gamma
+        going_on = ~rows["is_last"]  # a truncated episode is bootstrapped from, its last step not trained
         ret = lambda_return(rows["reward"], boot, live, going_on * self.args.lam)
-        return going_on[:-1] * self.value_loss(value_logits[:-1], slow_logits[:-1], ret), ret
+        return going_on[:-1] * self.value_loss(logits[:-1], slow_logits[:-1], ret)
 
     def loss(self, world: WorldModel, post: dict, rows: dict) -> tuple[dict, dict]:
-        """All behaviour losses from the posterior (T,B,...) of replayed rows; every state starts one dream."""
-        feat, action = self.imagine(world.rssm, post["deter"].flatten(0, 1), post["stoch"].flatten(0, 1))
-        with torch.no_grad():  # the behaviour must not bend the world model
-            reward = twohot_mean(world.reward(feat), world.bins)
-            cont = at_least_float32(world.cont(feat))[..., 0].sigmoid()
-        losses, ret, metrics = self.imagination_losses(
-            self.policy(feat[:-1]), action, self.critic(feat), self.slow_critic(feat), reward, cont)
-        feat = torch.cat([post["deter"], post["stoch"]], -1)  # not detached: on replay it trains the world model too
-        losses["repval"], _ = self.replay_loss(
-            self.critic(feat), self.slow_critic(feat.detach()), ret[0].unflatten(0, feat.shape[:2]), rows)
+        """Posterior of T x B rows -> actor, critic and replay losses, metrics."""
+        # stop-gradient: where a dream starts is not the behaviour's to choose (imagine runs without gradient)
+        start = {k: v.flatten(0, 1) for k, v in post.items()}
+        losses, ret, metrics = self.imagination_losses(world, start)
+        boot = ret[0].unflatten(0, rows["reward"].shape)
+        losses["repval"] = self.replay_loss(post, boot, rows)
         return losses, metrics
 
 
-# ======== 9. update ========
-class LaProp:  # D6
-    """Adaptive gradient clipping, RMS normalisation, then momentum. Source: `opt.py`, `Agent._make_opt`.
-    Per tensor: g /= max(1, |g| / (agc max(1e-3, |p|)));  v <- b2 v + (1-b2) g^2;  m <- b1 m + (1-b1) g / sqrt(v');
-    p -= lr_k m', where ' is bias correction. The step counter is a tensor: no host reads. b2: the code's, paper .99."""
+# ======== 6. update ========
+class LaProp:
+    """Adaptive gradient clipping, RMS normalisation, then momentum:
+    g /= max(1, |g| / (agc max(1e-3, |p|)))
+    v <- b2 v + (1-b2) g^2;  m <- b1 m + (1-b1) g / sqrt(v');  p <- p - lr m'   (' is bias correction)
+    Source: `opt.clip_by_agc`, `scale_by_rms`, `scale_by_momentum`. The counter is a tensor: no host reads."""
 
     def __init__(self, params, lr: float, warmup: int, agc: float, beta1=0.9, beta2=0.999, eps=1e-20):
         self.params = [p for p in params if p.requires_grad]
-        self.lr, self.warmup, self.agc, self.beta1, self.beta2, self.eps = lr, warmup, agc, beta1, beta2, eps
+        self.lr = lr
+        self.warmup = warmup
+        self.agc = agc
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.eps = eps
         self.count = torch.zeros((), device=self.params[0].device)
-        self.square, self.momentum = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
+        self.square = [torch.zeros_like(p) for p in self.params]
+        self.momentum = [torch.zeros_like(p) for p in self.params]
 
     @torch.no_grad()
     def step(self) -> dict[str, torch.Tensor]:
-        """One update from `p.grad`. Metrics: gradient norm before clipping, share of tensors clipped."""
         grads = [p.grad for p in self.params]
-        grad_norm, param_norm = (torch.stack(torch._foreach_norm(x)) for x in (grads, self.params))
-        clip = grad_norm / ((self.agc or math.inf) * param_norm.clamp(min=1e-3))
-        torch._foreach_div_(grads, list(clip.clamp(min=1).unbind()))
+        grad_norm = torch.stack(torch._foreach_norm(grads))
+        param_norm = torch.stack(torch._foreach_norm(self.params))
+        clip = (grad_norm / (self.agc * param_norm.clamp(min=1e-3))).clamp(min=1)
+        torch._foreach_div_(grads, list(clip.unbind()))
+
         self.count += 1
-        correct1, correct2 = (-torch.expm1(self.count * math.log(b)) for b in (self.beta1, self.beta2))  # 1 - b^k
+        correct1 = 1 - self.beta1 ** self.count
+        correct2 = 1 - self.beta2 ** self.count
         torch._foreach_mul_(self.square, self.beta2)
         torch._foreach_addcmul_(self.square, grads, grads, 1 - self.beta2)
-        scale = torch._foreach_sqrt(torch._foreach_div(self.square, correct2))
-        torch._foreach_div_(grads, torch._foreach_add(scale, self.eps))
+        rms = torch._foreach_sqrt(torch._foreach_div(self.square, correct2))
+        torch._foreach_div_(grads, torch._foreach_add(rms, self.eps))
         torch._foreach_lerp_(self.momentum, grads, 1 - self.beta1)
-        lr = self.lr * ((self.count - 1) / self.warmup).clamp(max=1) if self.warmup else self.lr  # 0 first: official
+        lr = self.lr * ((self.count - 1) / self.warmup).clamp(max=1)
         torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, lr / correct1))
         return {"grad/norm": grad_norm.norm(), "grad/clipped_share": (clip > 1).float().mean()}
 
     def state_dict(self) -> dict:
-        return dict(state=[self.count, *self.square, *self.momentum])
+        return dict(count=self.count, square=self.square, momentum=self.momentum)
 
     def load_state_dict(self, saved: dict) -> None:
-        torch._foreach_copy_(self.state_dict()["state"], saved["state"])
+        self.count.copy_(saved["count"])
+        torch._foreach_copy_(self.square, saved["square"])
+        torch._foreach_copy_(self.momentum, saved["momentum"])
 
 
-class Agent(nn.Module):  # D10
+class Agent(nn.Module):
     """World model and behaviour: the policy for the environment, and the one loss of an update."""
 
     def __init__(self, shapes: dict, action_dim: int, discrete: bool, args: Args):
         super().__init__()
         self.args = args
+        self.action_dim = action_dim
         self.world = WorldModel(shapes, action_dim, args)
         self.behaviour = Behaviour(self.world.feat, action_dim, discrete, args)
 
-    def initial(self, num_envs: int, device: torch.device) -> dict:
+    @property
+    def device(self) -> torch.device:
+        return self.world.bins.device
+
+    def autocast(self):
+        """bf16 for matrix products and convolutions. Trap: with autocast's cache, weights first used under
+        no_grad (the actor's, in the dream) would stay without gradient in the same update."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16", cache_enabled=False)
+
+    def initial(self, num_envs: int) -> dict:
         """State before the first observation: h, z and the previous action are zero."""
         deter = self.world.rssm.deter
-        sizes = dict(deter=deter, stoch=self.world.feat - deter, action=self.behaviour.action_dim)
-        return {k: torch.zeros(num_envs, n, device=device) for k, n in sizes.items()}
+        stoch = self.world.feat - deter
+        return {
+            "deter": torch.zeros(num_envs, deter, device=self.device),
+            "stoch": torch.zeros(num_envs, stoch, device=self.device),
+            "action": torch.zeros(num_envs, self.action_dim, device=self.device),
+        }
 
     @torch.no_grad()
-    def act(self, row: dict, state: dict) -> dict:  # D13
-        """Row (N,...) and state -> new {deter, stoch, action}; always sampled, in evaluation too (official)."""
-        obs = {k: torch.as_tensor(v, device=state["deter"].device)[None] for k, v in row.items()}
-        with autocast(self.args, state["deter"].device):
-            (deter,), (stoch,), _ = self.world.rssm.observe(
-                self.world.encoder(obs), state["action"][None], obs["is_first"], state["deter"], state["stoch"])  # D11
-            action = self.behaviour.sample(torch.cat([deter, stoch], -1), self.behaviour.noise(len(deter)))
-        return dict(deter=deter, stoch=stoch, action=action)
+    def act(self, row: dict, state: dict) -> dict:
+        """Row (N,...) and state -> new {deter, stoch, action}; sampled in evaluation too (official)."""
+        obs = {k: torch.as_tensor(v, device=self.device)[None] for k, v in row.items()}
+        with self.autocast():
+            tokens = self.world.encoder(obs)
+            deter, stoch, _ = self.world.rssm.observe(
+                tokens, state["action"][None], obs["is_first"], state["deter"], state["stoch"])
+            action = self.behaviour.sample(torch.cat([deter[0], stoch[0]], -1))
+        return dict(deter=float32(deter[0]), stoch=float32(stoch[0]), action=action)
 
-    def loss(self, batch: dict) -> tuple[torch.Tensor, dict, dict]:  # D10
-        """Replay rows (T+1,B,...) -> scalar loss, posterior latents for replay, metrics. Eq. 2 (arXiv:2301.04104v2)."""
-        rows, context = split_context(batch)
-        with autocast(self.args, batch["deter"].device):
+    def loss(self, batch: dict) -> tuple[torch.Tensor, dict, dict]:
+        """Replay rows (T+1,B,...) -> scalar loss, posterior for replay, metrics. Eq. 2."""
+        rows = {k: v[1:] for k, v in batch.items()}
+        context = dict(
+            prev_action=batch["action"][:-1], is_first=rows["is_first"],
+            deter=batch["deter"][0], stoch=batch["stoch"][0])
+        with self.autocast():
             losses, post, metrics = self.world.loss(rows, context)
             ac_losses, ac_metrics = self.behaviour.loss(self.world, post, rows)
-        scales = dict(dyn=self.args.beta_dyn, rep=self.args.beta_rep, repval=self.args.beta_repval)  # all others 1
         means = {k: v.mean() for k, v in {**losses, **ac_losses}.items()}
-        total = sum(scales.get(k, 1.0) * v for k, v in means.items())  # D10
-        metrics.update(ac_metrics, **{f"losses/{k}": v.detach() for k, v in means.items()})
+        scales = dict(dyn=self.args.beta_dyn, rep=self.args.beta_rep, repval=self.args.beta_repval)
+        total = sum(scales.get(k, 1.0) * v for k, v in means.items())
+        metrics.update(ac_metrics)
+        metrics.update({f"losses/{k}": v.detach() for k, v in means.items()})
         return total, {k: v.detach() for k, v in post.items()}, metrics
 
-    def compile_regions(self) -> None:
-        """The steps and the decoder. Not the unrolled scan (minutes, no faster), not encoder and heads (no gain)."""
-        self.world.rssm.observe_step = torch.compile(self.world.rssm.observe_step, dynamic=False)
-        self.world.rssm.imagine_step = torch.compile(self.world.rssm.imagine_step, dynamic=False)
-        self.world.decoder.compile(dynamic=False)
 
-
-def train_step(agent: Agent, optimizer: LaProp, replay: SequenceReplay, batch_size: int) -> dict:  # D10
-    """One update: sample, loss, backward, optimiser, slow critic, latents to replay. No host reads; -> metrics ()."""
-    batch, index = replay.sample(batch_size, agent.args.batch_length + 1)
-    loss, post, metrics = agent.loss({k: v.to(optimizer.count.device, non_blocking=True) for k, v in batch.items()})
+def train_step(agent: Agent, optimizer: LaProp, replay: Replay, batch_size: int) -> dict:
+    """One update: sample, loss, backward, optimiser, slow critic, latents to replay -> metrics.
+    Fixed shapes and no host reads."""
+    args = agent.args
+    batch, index = replay.sample(batch_size, args.batch_length + 1)
+    batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
+    loss, post, metrics = agent.loss(batch)
     loss.backward()
     average_ranks([p.grad for p in optimizer.params])
     metrics.update(optimizer.step())
     agent.zero_grad()
-    slow, online = ([p.data for p in m.parameters()] for m in (agent.behaviour.slow_critic, agent.behaviour.critic))
-    torch._foreach_lerp_(slow, online, agent.args.slow_rate)  # trap: without .data its graph grows with every update
-    replay.write(index[1:], **{k: v.nan_to_num() for k, v in post.items()})  # D9; no NaN in rows a checkpoint counts on
+
+    with torch.no_grad():
+        behaviour = agent.behaviour
+        for slow, fast in zip(behaviour.slow_critic.parameters(), behaviour.critic.parameters()):
+            slow.lerp_(fast, args.slow_rate)
+
+    # what is drawn again finds fresh latents; a run that diverges must not spoil rows of its last checkpoint
+    replay.write(index[1:], **{k: v.nan_to_num() for k, v in post.items()})
     return metrics
 
 
-# ======== 10. evaluate and dream ========
-# ==== shared: evaluation ====
-def evaluate(agent, args, device: torch.device, step: int) -> dict[str, float]:
-    """Metrics of `eval_episodes` whole episodes, equally many in each environment, so that short ones don't prevail."""
-    num_envs = min(args.eval_episodes, 16)
-    quota, done = -(-args.eval_episodes // num_envs), [[] for _ in range(num_envs)]
-    envs = make_envs(args, num_envs, args.seed + 10_000)
-    state, row = agent.eval().initial(num_envs, device), envs.reset()  # eval: some agents are greedy then
-    while min(map(len, done)) < quota:
-        for i in np.flatnonzero(row["is_last"]):
-            done[i].append((envs.ret[i], envs.length[i]))
-        state = agent.act(row, state)
-        row = envs.step(state["action"].cpu().numpy())
-    agent.train()
-    returns, lengths = np.concatenate([episodes[:quota] for episodes in done]).T
-    metrics = dict(episodic_return=returns.mean(), return_std=returns.std(), episodic_length=lengths.mean())
-    print(f"evaluation at step {step}, {len(returns)} episodes:", ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    return {f"eval/{name}": value for name, value in metrics.items()}
+# ======== 7. environment ========
+# ==== shared: environment ====
+def make_seeds(count: int, *key: int) -> np.ndarray:
+    """`count` seeds below 2^31 that no other key shares. Keys are (seed, purpose, rank, life)."""
+    return np.random.SeedSequence(key).generate_state(count).astype(np.int64) >> 1
 
 
-def dream_video(truth: torch.Tensor, model: torch.Tensor, context: int, **numbers: torch.Tensor) -> tuple:
-    """Image errors, and GIF frames with rows truth, model, error (T,B,Y,X,C) in [0,1] and the `numbers` (T,B) below."""
-    error = (model - truth).square().flatten(2).sum(-1)
-    grid = torch.stack([truth, model, (model - truth + 1) / 2], 1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    grid = grid[..., np.arange(3).clip(max=grid.shape[-1] - 1)]  # (T,3*Y,B*X,3); gray is repeated
-    grid = F.pad((grid * 255).byte().repeat_interleave(2, 1).repeat_interleave(2, 2), (0, 0, 0, 0, 0, 14))
-    frames = [Image.fromarray(frame) for frame in grid.cpu().numpy()]
-    for t, b in np.ndindex(*truth.shape[:2]):
-        words = ["imag" if t >= context else "post", *(f"{k[0]}{v[t, b]:.2f}" for k, v in numbers.items())]
-        ImageDraw.Draw(frames[t]).text((2 + 2 * b * truth.shape[3], 6 * truth.shape[2]), " ".join(words))
-    return {"dream/image_error_posterior": error[:context].mean().item(),
-            "dream/image_error_imagined": error[context:].mean().item()}, frames
+def find_spec(env_id: str) -> gymnasium.envs.registration.EnvSpec:
+    """The registered environment of an id, also `module:Env-v0`."""
+    module, _, name = env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        spec = gymnasium.spec(name)
+    except (gymnasium.error.Error, ImportError, ValueError) as error:
+        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}")  # such as: did you mean ...
+    if str(spec.entry_point).startswith("ale_py") and not name.startswith("ALE/"):
+        game = "".join(word.capitalize() for word in spec.kwargs["game"].split("_"))
+        fail(f"--env-id {env_id} is another protocol (frame skip, sticky actions); use ALE/{game}-v5")
+    return spec
 
 
-def log_results(writer: SummaryWriter, step: int, metrics: dict, frames: list | None = None) -> None:
-    """Scalars, and frames as a GIF file that is also an image summary (TensorBoard plays it)."""
-    for name, value in metrics.items():
-        writer.add_scalar(name, value, step)
-    if frames:
-        path = Path(writer.log_dir, "videos", f"dream_{step}.gif")
-        path.parent.mkdir(exist_ok=True)
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=66, loop=0)
-        gif = dict(height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=path.read_bytes())
-        writer._get_file_writer().add_summary(summary.Summary(value=[dict(tag="dream/open_loop", image=gif)]), step)
+class Envs:
+    """`num_envs` copies of an environment; `reset` and `step` return a row of arrays (N,...).
+    The step after an episode's end ignores its action and returns the next episode's first observation, so
+    is_first_{t+1} = is_last_t. A time limit is an end, but not terminal. Rewards are raw.
+    `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
+
+    def __init__(self, args, num_envs: int, seeds: np.ndarray, size: int, pixels: bool = False, **atari):
+        """`size`: side of the image. `pixels`: see the rendered one. `atari`: options of ale-py's own."""
+        spec = find_spec(args.env_id)
+        self.num_envs = num_envs
+        self.seeds = seeds
+        self.atari = spec.id.startswith("ALE/")
+        options = dict(vectorization_mode="sync", vector_kwargs=dict(autoreset_mode="NextStep"))
+        if self.atari:
+            options = dict(  # noop_max is exclusive: 0 to 30 no-ops at reset
+                autoreset_mode="NextStep", img_height=210, img_width=160, grayscale=False, stack_num=1,
+                maxpool=True, frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
+                noop_max=31, use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                max_num_frames_per_episode=108_000)
+            options.update(atari)
+        elif pixels:
+            options.update(render_options(spec, size))
+        if not self.atari:
+            options["wrappers"] = [partial(gymnasium.wrappers.RepeatAction, num_repeats=args.action_repeat)]
+            if pixels:
+                options["wrappers"].append(render_wrapper)
+        try:
+            self.envs = gymnasium.make_vec(spec.id, num_envs, **options)
+        except gymnasium.error.DependencyNotInstalled as error:
+            fail(f"--env-id {args.env_id}: {str(error).splitlines()[0]}")
+
+        self.action_space = self.envs.single_action_space
+        self.discrete = isinstance(self.action_space, Discrete)
+        self.action_dim = flatdim(self.action_space) if isinstance(self.action_space, (Discrete, Box)) else 0
+        if not self.action_dim:
+            fail(f"{args.env_id} has actions {self.action_space}; Discrete and Box are supported")
+        space = self.envs.single_observation_space
+        if self.atari:  # as `row` hands it on: a stack of one frame is an image
+            channels = 1 if options["grayscale"] else 3
+            space = Box(0, 255, (options["img_height"], options["img_width"], channels), np.uint8)
+        self.observation = Observation(space, size)
+        self.shapes = self.observation.shapes
+
+    def reset(self) -> dict[str, np.ndarray]:
+        """The first row. Call once: later episodes begin by themselves."""
+        seeds = self.seeds if self.atari else self.seeds.tolist()
+        obs, _ = self.envs.reset(seed=seeds)
+        none = np.zeros(self.num_envs, bool)
+        self.ret = np.zeros(self.num_envs)
+        self.length = np.zeros(self.num_envs, int)
+        self.last = none
+        return self.row(obs, np.zeros(self.num_envs), is_first=~none, is_last=none, is_terminal=none)
+
+    def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
+        """One policy step; `action` (N,A) one-hot, or continuous, which is clipped to [-1, 1]."""
+        obs, reward, terminated, truncated, _ = self.envs.step(self.native(action))
+        is_first = self.last
+        self.last = terminated | truncated
+        self.ret = np.where(is_first, 0, self.ret + reward)
+        self.length = np.where(is_first, 0, self.length + 1)
+        return self.row(obs, reward, is_first=is_first, is_last=self.last, is_terminal=terminated)
+
+    def native(self, action: np.ndarray) -> np.ndarray:
+        """(N,A) -> what the environment takes: [-1, 1] is mapped to the bounds of a Box, if it has any."""
+        space = self.action_space
+        if self.discrete:
+            return action.argmax(-1) + space.start  # trap: ale-py hangs for ever on an action out of range
+        unit = action.clip(-1, 1).reshape(-1, *space.shape)
+        share = (unit.astype(np.float64) + 1) / 2
+        with np.errstate(over="ignore"):
+            width = (space.high - space.low).astype(np.float64)
+        bounded = np.isfinite(width)  # it is infinite also where it overflows
+        width = np.where(bounded, width, 0)
+        low = np.where(bounded, space.low, 0).astype(np.float64)
+        if np.issubdtype(space.dtype, np.integer):
+            native = np.floor(low + share * (width + 1)).clip(low, space.high)  # equal shares
+        else:
+            native = np.where(bounded, low + share * width, unit.clip(space.low, space.high))
+        return native.astype(space.dtype)
+
+    def row(self, obs, reward: np.ndarray, **flags: np.ndarray) -> dict[str, np.ndarray]:
+        """A replay row without what the agent adds. Numbers are checked here, before anything is stored."""
+        if self.atari:
+            obs = obs[:, 0]  # a stack of one frame
+            obs = obs if obs.ndim == 4 else obs[..., None]
+        row = dict(self.observation(obs), reward=reward.astype(np.float32), **flags)
+        for name in ("reward", "vector"):
+            finite = np.isfinite(row.get(name, reward)).reshape(self.num_envs, -1).all(-1)
+            if not finite.all():
+                bad = finite.argmin()
+                fail(f"{name} of environment {bad} is not finite at step {self.length[bad]} of its episode")
+        return row
+
+
+def render_options(spec: gymnasium.envs.registration.EnvSpec, size: int) -> dict:
+    """Options of an environment that is seen by its rendered image."""
+    creator = spec.entry_point
+    if isinstance(creator, str):
+        creator = gymnasium.envs.registration.load_env_creator(creator)
+    modes = getattr(creator, "metadata", {}).get("render_modes", ["rgb_array"])
+    if "rgb_array" not in modes:
+        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
+    options = dict(render_mode="rgb_array")
+    if spec.namespace == "dm_control":  # official: small images, the camera that follows
+        camera = 2 if "quadruped" in spec.id else 0
+        options["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
+    return options
+
+
+def render_wrapper(env: gymnasium.Env) -> gymnasium.Env:
+    """The environment seen by its rendered image."""
+    if env.render_mode != "rgb_array":
+        fail(f"{env} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
+    return gymnasium.wrappers.AddRenderObservation(env)
+
+
+def is_image(space: gymnasium.Space) -> bool:
+    """uint8 (Y,X,C) with 1 to 4 channels, or a stack (K,Y,X,C) of such."""
+    if not isinstance(space, Box) or space.dtype != np.uint8:
+        return False
+    return len(space.shape) in (3, 4) and space.shape[-1] <= 4
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """(N,Y,X,C) uint8 -> (N,size,size,C), as Pillow's antialiased BILINEAR (official)."""
+    x = torch.from_numpy(image).permute(0, 3, 1, 2)
+    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+    return x.permute(0, 2, 3, 1).numpy()
 # ==== end shared ====
 
 
-@torch.no_grad()  # D9
-def open_loop_video(agent: Agent, replay: SequenceReplay, args: Args, count: int = 4, context: int = 5) -> tuple:
-    """Image errors, and GIF frames with rows truth, model, error for `count` replayed sequences: `context` steps from
-    the posterior, the rest imagined with the recorded actions; below them the predicted reward and continue."""
-    context, world, rssm = min(context, args.batch_length // 2), agent.world, agent.world.rssm
-    batch, _ = replay.sample(count, args.batch_length + 1, online=False)
-    batch = {k: v.to(world.bins.device) for k, v in batch.items()}
-    rows, before = split_context({k: v[: context + 1] for k, v in batch.items()})
-    deter, stoch, _ = rssm.observe(world.encoder(rows), **before)
-    states, weights, actions = list(zip(deter, stoch)), rssm.scan_weights(deter.dtype), batch["action"][context:-1]
-    for action, noise in zip(actions, rssm.noise(len(actions), count)):
-        states.append(rssm.imagine_step(*weights, *states[-1], action, noise))
-    deter, stoch = map(torch.stack, zip(*states))
-    feat = torch.cat([deter, stoch], -1)
-    return dream_video(batch["image"][1:] / 255, world.decoder.forward(deter, stoch)["image"], context,  # D11
-                       reward=twohot_mean(world.reward(feat), world.bins), cont=world.cont(feat)[..., 0].sigmoid())
+# ==== shared: observations, images and vectors ====
+def is_text(space: gymnasium.Space) -> bool:
+    """Words: Text, and MiniGrid's missions."""
+    return space.dtype is not None and space.dtype.kind == "U"
 
 
-# ======== 11. checkpoint and logging ========
+def is_vector(space: gymnasium.Space) -> bool:
+    """What can be flattened without a guess: numbers, categories, Boxes that do not look like an image."""
+    if isinstance(space, Box):
+        return len(space.shape) < (2 if space.dtype == np.uint8 else 3)
+    return not is_text(space) and space.is_np_flattenable
+
+
+class Observation:
+    """Batched observations -> `image` (N,size,size,C) uint8, `vector` (N,...) float32, whichever there are.
+    Images are joined by channel, all else is flattened and joined, text is left out.
+    `shapes`: image (size,size,C), vector (length of each part)."""
+
+    def __init__(self, space: gymnasium.Space, size: int):
+        self.space = space
+        self.size = size
+        self.shapes = {}
+        channels = 0
+        lengths = []
+        for name, part, _ in self.parts(space, None):
+            if is_text(part):
+                print(f"{name} is text and left out: {part}")
+            elif is_image(part):
+                channels += part.shape[-1] * (part.shape[0] if len(part.shape) == 4 else 1)
+            elif is_vector(part):
+                lengths.append(flatdim(part))
+            else:
+                fail(f"{name} {part} is no uint8 image (Y,X,C) with 1 to 4 channels, and no vector; "
+                     "make it one with gymnasium.wrappers.TransformObservation or FlattenObservation")
+        if channels:
+            self.shapes["image"] = (size, size, channels)
+        if sum(lengths):
+            self.shapes["vector"] = tuple(lengths)
+        if not self.shapes:
+            fail(f"nothing to observe in {space}")
+
+    def parts(self, space: gymnasium.Space, obs, name: str = "observation"):
+        """(name, space, value) of everything in a nested Dict or Tuple; keys in sorted order (official)."""
+        if isinstance(space, Dict):
+            children = [(key, space[key]) for key in sorted(space)]
+        elif isinstance(space, Tuple):
+            children = list(enumerate(space))
+        else:
+            yield name, space, obs
+            return
+        for key, child in children:
+            yield from self.parts(child, None if obs is None else obs[key], f"{name}[{key!r}]")
+
+    def __call__(self, obs) -> dict[str, np.ndarray]:
+        images = []
+        vectors = []
+        for _, part, value in self.parts(self.space, obs):
+            if is_image(part):
+                if value.ndim == 5:  # (N,K,Y,X,C), frames stacked: they become channels
+                    value = np.concatenate(value.swapaxes(0, 1), -1)
+                images.append(resize(value, self.size))
+            elif is_vector(part):
+                vectors.append(np.stack([flatten(part, x) for x in value]).astype(np.float32))
+        row = {}
+        if images:
+            row["image"] = np.concatenate(images, -1)
+        if "vector" in self.shapes:
+            row["vector"] = np.concatenate(vectors, -1)
+        return row
+# ==== end shared ====
+
+
+def make_envs(args: Args, num_envs: int, *key: int) -> Envs:
+    """Anything with `reset`, `step`, `shapes`, `action_dim`, `discrete`, `ret` and `length` will do."""
+    return Envs(args, num_envs, make_seeds(num_envs, args.seed, *key), args.image_size, args.pixels)
+
+
+# ======== 8. replay ========
+# ==== shared: replay storage ====
+def row_bytes(specs: dict) -> int:
+    """Bytes of one replay row."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+
+
+def check_disk(run: Path, specs: dict, rows: int) -> None:
+    """Fail before the run begins if the disk has no room for `rows` rows."""
+    needed = rows * row_bytes(specs) / 2**30
+    free = shutil.disk_usage(run).free / 2**30
+    if needed > free:
+        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+
+
+def rows_at_risk(args, step: int, more: int = 0) -> int:
+    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come `more`
+    steps late. An episode has one row more than it has steps."""
+    steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
+    return 2 * steps // args.num_envs + 1
+
+
+class Storage:
+    """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...),
+    in memory-mapped files that need no RAM of their own and survive a crash. `specs`: name -> (shape, dtype).
+    `data` is a copy on the GPU if that fits in half of its free memory, else the files."""
+
+    def __init__(self, specs: dict, capacity: int, num_envs: int, folder: Path, device, new: bool = True):
+        self.capacity = capacity
+        self.num_envs = num_envs
+        self.rows = 0  # ever added, per stream
+        self.size = 0  # valid, per stream
+        size = capacity * num_envs * row_bytes(specs)
+        fits = device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2
+        self.device = device if fits else torch.device("cpu")
+        print(f"replay: up to {capacity * num_envs:,} rows, {size / 2**30:.2f} GiB, sampled on {self.device}")
+        folder.mkdir(parents=True, exist_ok=True)
+
+        self.files = {}
+        for name, (shape, dtype) in specs.items():
+            path = folder / f"{name}.bin"
+            count = capacity * num_envs * math.prod(shape)
+            if not new and (not path.exists() or path.stat().st_size != count * dtype.itemsize):
+                fail(f"{path} is missing, damaged, or of other sizes than these flags make")
+            flat = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+            self.files[name] = flat.view(capacity, num_envs, *shape)
+        self.data = {name: file.to(self.device) for name, file in self.files.items()}
+
+    def add(self, row: dict) -> None:
+        """Append one row: arrays or tensors (num_envs,...) for every field."""
+        at = self.rows % self.capacity
+        for name, file in self.files.items():
+            value = torch.as_tensor(row[name])
+            file[at] = value
+            self.data[name][at] = value
+        self.rows += 1
+        self.size = min(self.size + 1, self.capacity)
+
+    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
+        """Row numbers (T,B) and streams (B,) -> fields (T,B,...), and their positions for `write`."""
+        index = rows % self.capacity * self.num_envs + envs
+        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}, index
+
+    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
+        """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one
+        wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
+        no defined order, so all that share a position write the value of the last."""
+        position = index.T.flatten()
+        ordered, order = position.sort(stable=True)
+        last = order[torch.searchsorted(ordered, position, right=True) - 1]
+        for name, value in values.items():
+            field = self.data[name].flatten(0, 1)  # a view: writing to a copy would be lost
+            value = value.transpose(0, 1).flatten(0, 1)[last.to(value.device)]
+            field[position] = value.to(field)
+
+    def state_dict(self) -> dict:
+        return dict(rows=self.rows)
+
+    def load_state_dict(self, state: dict, lost: int) -> None:
+        """`lost`: rows that may have been overwritten between the checkpoint and a crash: not used."""
+        self.rows = state["rows"]
+        self.size = max(min(self.rows, self.capacity - lost), 0)
+# ==== end shared ====
+
+
+class Replay(Storage):
+    """Uniform sequences that may cross episode borders. Online queue: once a stream has `length` new rows,
+    they are handed out once, before the uniform samples. Source: `Replay`, `selectors.Uniform`."""
+
+    queued = 0  # sequences handed out by the online queue
+
+    def sample(self, batch_size: int, length: int, online: bool = True) -> tuple[dict, torch.Tensor]:
+        """-> fields (length,batch_size,...), and their positions for `write`."""
+        oldest = self.rows - self.size
+        start = torch.randint(oldest, self.rows - length + 1, (batch_size,), device=self.device)
+        env = torch.randint(self.num_envs, (batch_size,), device=self.device)
+        if online:
+            for b in range(batch_size):
+                number, stream = divmod(self.queued, self.num_envs)  # sequence `number` of that stream
+                first = 1 + number * length
+                if first + length > self.rows:
+                    break
+                self.queued += 1
+                if first >= oldest:
+                    start[b] = first
+                    env[b] = stream
+
+        batch, index = self.gather(start + torch.arange(length, device=self.device)[:, None], env)
+        batch["is_first"][0] = True  # a sequence begins as an episode does (official)
+        # an episode that a resume cut off ends (official)
+        batch["is_last"][:-1] |= batch["is_first"][1:]
+        return batch, index
+
+    def state_dict(self) -> dict:
+        return dict(super().state_dict(), queued=self.queued)
+
+    def load_state_dict(self, state: dict, lost: int) -> None:
+        super().load_state_dict(state, lost)
+        self.queued = state["queued"]
+
+
+def replay_specs(shapes: dict, action_dim: int, rssm: RSSM) -> dict:
+    """Fields of a replay row: name -> (shape, dtype)."""
+    specs = {}
+    if "image" in shapes:
+        specs["image"] = (shapes["image"], torch.uint8)
+    if "vector" in shapes:
+        specs["vector"] = ((sum(shapes["vector"]),), torch.float32)
+    specs["reward"] = ((), torch.float32)
+    specs["is_first"] = ((), torch.bool)
+    specs["is_last"] = ((), torch.bool)
+    specs["is_terminal"] = ((), torch.bool)
+    specs["action"] = ((action_dim,), torch.float32)
+    specs["deter"] = ((rssm.deter,), torch.float32)
+    specs["stoch"] = ((rssm.stoch * rssm.classes,), torch.uint8)  # one-hot
+    return specs
+
+
+# ======== 9. evaluate and dream ========
+# ==== shared: evaluation ====
+def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
+    """Statistics of `eval_episodes` whole episodes, equally many in each environment, so that short ones do
+    not prevail. `stop`: not empty once a signal has come; then there is no result."""
+    num_envs = min(args.eval_episodes, 16)
+    per_env = math.ceil(args.eval_episodes / num_envs)
+    limit = 108_000 // args.action_repeat  # policy steps, as on Atari: some environments have no end
+    envs = make_envs(args, num_envs, 1)
+    agent.eval()  # some agents act greedily then
+    row = envs.reset()
+    state = agent.initial(num_envs)
+    returns = [[] for _ in range(num_envs)]
+    lengths = [[] for _ in range(num_envs)]
+    while min(len(done) for done in returns) < per_env:
+        if stop:
+            break
+        for i in np.flatnonzero(row["is_last"]):
+            returns[i].append(envs.ret[i])
+            lengths[i].append(envs.length[i])
+        if envs.length.max() >= limit:
+            say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
+            for i in range(num_envs):
+                returns[i].append(envs.ret[i])
+                lengths[i].append(envs.length[i])
+            break
+        state = agent.act(row, state)
+        row = envs.step(state["action"].cpu().numpy())
+
+    agent.train()
+    if stop:
+        return {}
+    returns = np.concatenate([done[:per_env] for done in returns])
+    lengths = np.concatenate([done[:per_env] for done in lengths])
+    return {
+        "eval/episodic_return": float(returns.mean()),
+        "eval/return_std": float(returns.std()),
+        "eval/episodic_length": float(lengths.mean()),
+    }
+
+
+def save_gif(video: torch.Tensor, writer: SummaryWriter, step: int) -> None:
+    """Frames (T,Y,X,C) in [0,1] to videos/dream_STEP.gif, and to TensorBoard as an image that plays."""
+    video = (255 * video.clamp(0, 1)).byte().cpu()
+    if video.shape[-1] < 3:
+        video = video[..., :1].expand(-1, -1, -1, 3)  # gray
+    frames = [Image.fromarray(frame) for frame in video[..., :3].numpy()]
+    path = Path(writer.log_dir) / "videos" / f"dream_{step}.gif"
+    path.parent.mkdir(exist_ok=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=66, loop=0)
+    image = Summary.Image(
+        height=video.shape[1], width=video.shape[2], colorspace=3, encoded_image_string=path.read_bytes())
+    summary = Summary(value=[Summary.Value(tag="dream/open_loop", image=image)])
+    writer._get_file_writer().add_summary(summary, step)
+# ==== end shared ====
+
+
+@torch.no_grad()
+def dream_video(agent: Agent, replay: Replay, count: int = 4, context: int = 5) -> tuple[torch.Tensor, dict]:
+    """Frames (T,3*Y,count*X,C) of replayed sequences side by side, rows truth, model, error, and the errors.
+    The first `context` steps see the images, the rest are dreamed with the recorded actions."""
+    rssm = agent.world.rssm
+    context = min(context, agent.args.batch_length // 2)
+    batch, _ = replay.sample(count, agent.args.batch_length + 1, online=False)
+    batch = {k: v.to(agent.device) for k, v in batch.items()}
+    seen = {k: v[1 : context + 1] for k, v in batch.items()}
+    deter, stoch, _ = rssm.observe(
+        agent.world.encoder(seen), batch["action"][:context], seen["is_first"],
+        batch["deter"][0], batch["stoch"][0])
+    states = list(zip(deter, stoch))
+    for action in batch["action"][context:-1]:
+        states.append(rssm.imagine_step(*states[-1], action))
+    deter = torch.stack([state[0] for state in states])
+    stoch = torch.stack([state[1] for state in states])
+
+    truth = batch["image"][1:] / 255
+    model = agent.world.decoder(deter, stoch)["image"]  # (T,B,Y,X,C)
+    error = (model - truth).square().flatten(2).sum(-1)
+    video = torch.cat([truth, model, (model - truth + 1) / 2], 2)  # from top to bottom
+    video = torch.cat(video.unbind(1), 2)  # sequences side by side
+    return video, {
+        "dream/image_error_posterior": error[:context].mean().item(),
+        "dream/image_error_imagined": error[context:].mean().item(),
+    }
+
+
+# ======== 10. checkpoint ========
 # ==== shared: checkpoint ====
-def save_checkpoint(run: Path, args, agent, optimizer, replay, device: torch.device, **counters) -> None:
-    """checkpoint.pt with everything a resumed run needs. A kill or a full disk leaves the old one in its place."""
-    rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    buffer = io.BytesIO()  # torch.save into a file on a full disk raises its own errors, write an OSError
-    torch.save(dict(algorithm=Path(__file__).stem, args=asdict(args), agent=agent.state_dict(), rng=rng,
-                    optimizer=optimizer.state_dict(), replay=replay.state_dict(), **counters), buffer)
-    with open(run / "checkpoint.tmp", "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")
+def fail(message: str):
+    """For what the user can mend: one clear line, exit status 2, no traceback."""
+    tqdm.write(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def save_checkpoint(run: Path, args: Args, **state) -> None:
+    """Written beside the old one, then put in its place: a kill at any moment leaves a whole file."""
+    state["script"] = Path(__file__).stem
+    state["args"] = asdict(args)
+    state["rng"] = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        state["rng"].append(torch.cuda.get_rng_state())
+    try:
+        torch.save(state, run / "checkpoint.tmp")
+        os.replace(run / "checkpoint.tmp", run / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:
+        fail(f"{run}/checkpoint.pt could not be written: {error}")
 
 
 def load_checkpoint(run: Path) -> dict:
-    """The checkpoint of a run directory, plain data. Missing, damaged or foreign: one line, exit status 2."""
+    """The checkpoint of a run directory. Missing, damaged or another script's: one line, exit status 2."""
+    path = run / "checkpoint.pt"
+    if not path.exists():
+        fail(f"there is no {path}")
     try:
-        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if saved["algorithm"] != Path(__file__).stem or saved["args"].keys() != {f.name for f in fields(Args)}:
-            raise ValueError(f"made by {saved['algorithm']}.py, or by another version of this script")
-    except Exception as error:  # damaged pickles raise anything
-        fail(f"{run / 'checkpoint.pt'} is missing, damaged or foreign: {error!r:.150}")
+        damaged = zipfile.ZipFile(path).testzip()  # a flipped byte would load without a word
+        saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file raises anything
+        saved = None
+    if not isinstance(saved, dict) or "args" not in saved:
+        fail(f"{path} is damaged or no checkpoint")
+    known = {field.name for field in fields(Args)}
+    if saved["script"] != Path(__file__).stem or saved["args"].keys() != known:
+        fail(f"{path} was made by {saved['script']}.py, or by another version of this script")
     return saved
 
 
-def stop_signals() -> list[int]:
-    """A list in which SIGINT, SIGTERM and SIGUSR1 (Slurm) appear: save and exit 0. A second Ctrl-C kills."""
-    received = []
+def restore_rng(rng: list[torch.Tensor]) -> None:
+    """Random states of a checkpoint, so that k + k steps equal 2k."""
+    torch.set_rng_state(rng[0])
+    if torch.cuda.is_available() and len(rng) > 1:
+        torch.cuda.set_rng_state(rng[1])
 
-    def receive(number, frame) -> None:
-        received.append(number)
-        if number == signal.SIGINT:  # trap: torchrun passes on a SIGTERM that its processes also got themselves
-            signal.signal(number, signal.SIG_DFL)
 
-    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows has no SIGUSR1
-        signal.signal(getattr(signal, name), receive)
-    return received
+def load_weights(agent: nn.Module, weights: dict) -> None:
+    """Into the networks that the flags make."""
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError as error:
+        fail(f"the run has other networks than these flags make: {' '.join(str(error).split())[:200]}")
+
+
+def lock(run: Path):
+    """Two processes on one run would write into one replay. The lock ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    file = open(run / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"another process is using {run}")
+    return file
+
+
+def stop_signals() -> list:
+    """A list that is not empty once SIGINT, SIGTERM or SIGUSR1 (Slurm) has come: save and end."""
+    stop = []
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: stop.append(True))
+    return stop
 # ==== end shared ====
 
 
-# ======== 12. main ========
+# ======== 11. main ========
+# ==== shared: device and ranks ====
+def start_ranks(name: str) -> tuple[int, int, torch.device]:
+    """(rank, number of ranks, device) of this process for --device. torchrun's processes form a group."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:  # hours: rank 0 evaluates while the others wait
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    return int(os.environ.get("RANK", 0)), ranks, device
+
+
+def average_ranks(tensors: list[torch.Tensor]) -> None:
+    """Mean over ranks in place: with equal shares of the batch, the gradient of the joint batch."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+
+def gather_ranks(x: torch.Tensor) -> torch.Tensor:
+    """(n,...) of every rank -> (ranks*n,...): statistics of the joint batch."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def sum_ranks(counts: list, device: torch.device) -> list[int]:
+    """Sums of small integers over ranks: what all must agree on. A single process asks no device."""
+    total = torch.tensor([int(count) for count in counts])
+    if dist.is_initialized():
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def keep_freed_memory() -> None:
+    """glibc: do not return freed memory to the system; page faults take a third of an update on a CPU."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def seed_generators(seed: int, rank: int, life: int) -> int:
+    """Seed Python's and NumPy's global generators, from which some environments draw -> a seed for torch."""
+    own = int(make_seeds(1, seed, 2, rank, life)[0])
+    random.seed(own)
+    np.random.seed(own)
+    return own
+
+
+def make_run(args: Args, device: torch.device) -> Path:
+    """The directory that is resumed, or a new one, with one name on all ranks."""
+    now = torch.tensor([time.time_ns() // 1_000_000], device=device)
+    run = Path(args.resume or f"{args.run_dir}/{run_name(args)}{int(gather_ranks(now)[0])}")
+    run.mkdir(parents=True, exist_ok=True)
+    return run
+# ==== end shared ====
+
+
 # ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Flags, over the arguments of the run that is resumed, or over the preset. Bad ones: one line, exit status 2."""
-    argv = [re.sub(r"(?<![^=])\d+[eE]\d\d?$", lambda number: f"{float(number[0]):.0f}", word)  # tyro's int refuses 1e6
-            for word in (sys.argv[1:] if argv is None else argv)]
-    first = tyro.cli(Args, args=argv)
-    run = first.resume
-    if run == "auto":
-        files = Path(first.run_dir).glob(f"{run_name(first)}*/checkpoint.pt")
-        run = os.path.dirname(max(files, key=os.path.getmtime, default=""))
-    default = Args(**load_checkpoint(Path(run))["args"]) if run else replace(Args(), **PRESETS[first.preset])
-    return validate(replace(tyro.cli(Args, args=argv, default=default), resume=run))
-
-
-def run_name(args) -> str:
-    """Name of the run directory, without the time that ends it."""
-    return f"{re.sub('[/:]', '_', args.env_id)}__{args.exp_name}__{args.seed}__"
-# ==== end shared ====
-
-
-def validate(args: Args) -> Args:
-    """The arguments, if each makes sense and they fit together; else one line and exit status 2."""
-    may_be_zero = "seed learning_starts eval_every video_every eval_episodes warmup".split()  # D13
-    for f in fields(args):
-        value, least = getattr(args, f.name), int("int" in f.type and f.name not in may_be_zero)
-        if type(value) in (int, float) and not least <= value <= 1e9:  # not bool; ale-py has 32-bit seeds
-            fail(f"--{f.name.replace('_', '-')} must be a number from {least} to 1e9, got {value}")
-    if args.batch_length == 1 or args.image_size % 16:  # D8, D11
-        fail("--batch-length is at least 2 (the critic bootstraps from the next step), --image-size a multiple of 16")
-    if args.train_ratio == 0 or max(args.gamma, args.lam, args.unimix, args.actor_unimix, args.sticky_actions) > 1:
-        fail("--train-ratio must be positive; --gamma, --lam, --sticky-actions and the unimix shares are at most 1")
+    """Flags, over those of the run that is resumed, or over the preset."""
+    args = tyro.cli(Args, args=argv)
+    if args.resume == "auto":
+        found = Path(args.run_dir).glob(f"{run_name(args)}*/checkpoint.pt")
+        newest = max(found, key=os.path.getmtime, default=None)
+        args.resume = str(newest.parent) if newest else ""
+    if args.resume:
+        saved = Args(**load_checkpoint(Path(args.resume))["args"])
+        args = replace(tyro.cli(Args, args=argv, default=saved), resume=args.resume)
+        if args.env_id != saved.env_id:
+            fail(f"{args.resume} is a run of {saved.env_id}, not of {args.env_id}")
+    else:
+        args = replace(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[args.preset])), resume="")
+    check_args(args)
     return args
 
 
-def replay_specs(shapes: dict, agent: Agent, args: Args) -> dict:  # D9
-    """Fields of a replay row: name -> (shape, dtype). Nothing is lost: h in computation precision, z is one-hot."""
-    flag, real, rssm = ((), torch.bool), torch.float32, agent.world.rssm
-    obs = {k: (n, torch.uint8) if k == "image" else ((sum(n),), real) for k, n in shapes.items()}
-    return dict(obs, reward=((), real), is_first=flag, is_last=flag, is_terminal=flag,
-                action=((agent.behaviour.action_dim,), real), stoch=((rssm.stoch * rssm.classes,), torch.uint8),
-                deter=((rssm.deter,), torch.bfloat16 if args.precision == "bf16" else real))
+def run_name(args: Args) -> str:
+    """Name of the run directory, without the time that ends it."""
+    return f"{re.sub('[/:]', '_', args.env_id)}__{args.exp_name}__{args.seed}__"
+
+
+def check_positive(args: Args, names: str) -> None:
+    """Counts and sizes that must not be zero or negative."""
+    for name in names.split():
+        if getattr(args, name) <= 0:
+            fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if args.seed < 0:
+        fail(f"--seed must not be negative, got {args.seed}")
+# ==== end shared ====
+
+
+def check_args(args: Args) -> None:
+    """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
+    check_positive(args, "total_timesteps num_envs image_size batch_size train_ratio imag_horizon warmup agc")
+    if args.image_size % 16:
+        fail("--image-size must be a multiple of 16")
+    if args.batch_length < 2:
+        fail("--batch-length must be at least 2: the critic bootstraps from the next step")
+    gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
+    if args.precision == "auto":
+        args.precision = "bf16" if gpu else "fp32"
+    if args.size == "auto":
+        args.size = "size12m" if gpu else "size1m"
+    if not args.action_repeat:
+        args.action_repeat = 4 if args.env_id.startswith(("ALE/", "ale_py:ALE/")) else 1
+
+
+# ==== shared: logging ====
+def start_log(run: Path, args: Args, step: int) -> SummaryWriter:
+    """TensorBoard events, without those that a killed life wrote beyond `step`; a copy of the script."""
+    writer = SummaryWriter(str(run), purge_step=step + 1)
+    writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")
+    shutil.copy(__file__, run)
+    return writer
+
+
+def progress_bar(args: Args, step: int, rank: int) -> tqdm:
+    """Policy steps, updates and the time left; a line every ten seconds where stderr is no terminal."""
+    interval = 0.5 if sys.stderr.isatty() else 10
+    return tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=interval, disable=rank > 0)
+
+
+def speeds(bar: tqdm, step: int, updates: int) -> dict[str, float]:
+    """Policy steps and updates per second of this life."""
+    seconds = bar.format_dict["elapsed"]
+    return {"charts/SPS": (step - bar.initial) / seconds, "charts/UPS": updates / seconds}
+
+
+def read_metrics(metrics: dict[str, torch.Tensor], step: int, run: Path) -> dict[str, float]:
+    """Metrics as numbers, in one transfer to the host. A loss that is not finite ends the run, unsaved."""
+    values = torch.stack([value.float() for value in metrics.values()]).tolist()
+    values = dict(zip(metrics, values))
+    for name, value in values.items():
+        if name.startswith(("losses/", "grad/")) and not math.isfinite(value):
+            kept = "; the last checkpoint is kept" if (run / "checkpoint.pt").exists() else ""
+            fail(f"{name} is {value} at step {step}; stopped{kept}")
+    return values
+
+
+def say(text: str) -> None:
+    """A line on stdout, beside the progress bar where there is one."""
+    if sys.stderr.isatty():
+        tqdm.write(text)
+    else:
+        print(text, flush=True)
+
+
+def log_metrics(writer: SummaryWriter, metrics: dict[str, float], step: int) -> None:
+    """One scalar a metric."""
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+
+
+def log_evaluation(writer: SummaryWriter, results: dict[str, float], step: int) -> None:
+    """Results to TensorBoard and as one line."""
+    log_metrics(writer, results, step)
+    if results:
+        say(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
+# ==== end shared ====
 
 
 def main(args: Args) -> None:
-    # ---- set-up: processes, device, environments, networks ----
-    rank, world_size, device = start_ranks(args.device)
-    cuda = device.type == "cuda"
-    auto = dict(precision="bf16" if cuda else "fp32", compile="on" if cuda else "off",  # D11
-                size="size12m" if cuda else "size1m")
-    args = replace(args, action_repeat=args.action_repeat or (4 if args.env_id.startswith("ALE/") else 1),
-                   **{k: v for k, v in auto.items() if getattr(args, k) == "auto"})
-    if args.num_envs % world_size or args.batch_size % world_size:
-        fail(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world_size} ranks")
-    num_envs, batch_size = args.num_envs // world_size, args.batch_size // world_size
-    length = args.batch_length + 1  # D12: one row lends its latents and action
-    saved = load_checkpoint(Path(args.resume)) if args.resume else None
-    step, updates, learned = (saved[k] for k in ("step", "updates", "learned")) if saved else (0, 0, 0)
-    envs = make_envs(args, num_envs, args.seed + rank * num_envs + step)  # after a resume other episodes than at first
+    rank, ranks, device = start_ranks(args.device)
+    keep_freed_memory()
+    saved = load_checkpoint(Path(args.resume)) if args.resume else {}
+    step = saved.get("step", 0)  # policy steps over all environments and ranks
+    updates = saved.get("updates", 0)
+    debt = saved.get("debt", 0.0)  # updates that are due
+    life = saved.get("life", -1) + 1  # how often the run was resumed
+    if args.num_envs % ranks or args.batch_size % ranks:
+        fail(f"--num-envs and --batch-size must be multiples of the {ranks} processes")
+    num_envs = args.num_envs // ranks
+    batch_size = args.batch_size // ranks
+
+    # ---- environments, agent, optimiser ----
+    seed = seed_generators(args.seed, rank, life)
+    envs = make_envs(args, num_envs, 0, rank, life)  # after a resume other episodes than before
     torch.manual_seed(args.seed)  # the same weights on every rank
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args).to(device)
-    if args.compile == "on":
-        agent.compile_regions()
-    optimizer = LaProp(agent.parameters(), args.lr, args.warmup, args.agc)  # D6
+    torch.manual_seed(seed)  # other samples on every rank
+    optimizer = LaProp(agent.parameters(), args.lr, args.warmup, args.agc)
+    if args.compile == "on" or args.compile == "auto" and device.type == "cuda":
+        agent.world.rssm.core = torch.compile(agent.world.rssm.core, dynamic=False)
+        agent.world.decoder.compile(dynamic=False)
 
-    # ---- the state of a run: everything that a checkpoint holds ----
-    stamp = gather_ranks(torch.tensor([time.time_ns() // 1_000_000], device=device))[0]  # the same on all ranks
-    run = Path(args.resume or f"{args.run_dir}/{run_name(args)}{stamp}")
-    wanted = min(args.buffer_size, max(args.total_timesteps, length * args.num_envs))  # D9
-    rows = saved["capacity"] if saved else -(-wanted // args.num_envs)
-    if rows < length:  # D12
-        fail(f"--batch-length {args.batch_length} needs {length} rows per environment, has {rows} (--buffer-size)")
-    run.mkdir(parents=True, exist_ok=True)
-    specs, folder = replay_specs(envs.shapes, agent, args), run / f"replay{rank}"
-    replay = SequenceReplay(specs, rows, num_envs, device, folder, new=not saved)  # D9
-    torch.manual_seed(args.seed + 1000 * rank + step)  # other noise on every rank
+    # ---- run directory and replay, as they were where a run is resumed ----
+    length = args.batch_length + 1  # one row lends its latents and action
+    # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
+    capacity = saved.get("capacity") or min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
+    if capacity < length:
+        fail(f"replay of {capacity} rows per environment is shorter than --batch-length + 1: --buffer-size")
+    run = make_run(args, device)
+    held = lock(run) if rank == 0 else None
+    specs = replay_specs(envs.shapes, envs.action_dim, agent.world.rssm)
+    if not saved:
+        check_disk(run, specs, min(args.buffer_size, args.total_timesteps))
+    replay = Replay(specs, capacity, num_envs, run / f"replay{rank}", device, new=not saved)
     if saved:
-        try:
-            agent.load_state_dict(saved["agent"])
-        except RuntimeError as error:
-            fail(f"the run has other networks than these flags make ({' '.join(str(error).split())[:200]})")
+        load_weights(agent, saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        replay.load_state_dict(saved["replay"])
-        if rank == 0:  # the others must not draw what it draws
-            torch.set_rng_state(saved["rng"][0])
-            if cuda and saved["rng"][1:]:
-                torch.cuda.set_rng_state(saved["rng"][1], device)
-
-    ratio = args.train_ratio / (args.batch_size * args.batch_length)  # D13
-    if rank == 0:
-        flags = json.dumps(asdict(args), indent=1)
-        (run / "args.json").write_text(flags)
-        (run / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-        writer = SummaryWriter(str(run), purge_step=step + 1)  # without the points that a killed life left
-        writer.add_text("hyperparameters", f"```\n{flags}\n```")
-        counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad)
-                  for part in agent.children() for name, module in part.named_children()}
-        parts = ", ".join(f"{k} {v:,}" for k, v in counts.items() if v)
-        print(f"run directory: {run}\ndevice: {device}, {args.precision}, compile {args.compile}, {args.size}\n"  # D11
-              f"parameters: {sum(counts.values()):,} ({parts})\ngradient steps per policy step: {ratio:g} "
-              f"(batch {args.batch_size} x {args.batch_length}, train ratio {args.train_ratio:g})")  # D13
-
-    # ---- the loop: step all environments, act, store, learn ----
-    def due(every: int) -> bool:
-        return every > 0 and step // every > before // every or step >= args.total_timesteps
-
-    stop, stopping, metrics, ret, first = stop_signals(), False, {}, math.nan, updates
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=rank > 0,
-               mininterval=1 if sys.stderr.isatty() else 10)  # shows steps/s and the measured time left
-    state, row = agent.initial(num_envs, device), envs.reset()
-    enough = min(args.batch_size * args.batch_length, (rows - length + 1) * args.num_envs)  # D13, official: B*T
-    enough = args.num_envs if args.learning_starts else enough
-    while step < args.total_timesteps and not stopping:
-        state = agent.act(row, state)  # D13
-        state["action"] *= torch.as_tensor(~row["is_last"], device=device)[:, None]  # none follows an episode's end
-        action = state["action"].cpu().numpy()  # before updates are queued: they run while the environment steps
-        replay.add(row | state)  # D9, D12
-        news = torch.tensor([(~row["is_first"]).sum(), len(stop), (replay.size - length + 1) * num_envs], device=device)
-        decisions, stopping, starts = gather_ranks(news).view(-1, 3).sum(0).tolist()  # all ranks must agree
-        before, step = step, step + decisions
-        if starts >= enough and step >= args.learning_starts:  # D9, D13
-            stored = replay.rows * args.num_envs  # one update first, then floor(new rows x ratio); `when.Ratio`
-            count = int((stored - learned) * ratio) if updates else 1
-            learned = learned + count / ratio if updates else stored  # the remainder is carried
-            for _ in range(count):
-                metrics = train_step(agent, optimizer, replay, batch_size)
-            updates += count
-
+        replay.load_state_dict(saved["replay"], lost=rows_at_risk(args, step))
         if rank == 0:
-            for ret, steps in zip(envs.ret[row["is_last"]], envs.length[row["is_last"]]):
-                tqdm.write(f"global_step={step}, episodic_return={ret:g}")
-                log_results(writer, step, {"charts/episodic_return": ret, "charts/episodic_length": steps})
-            bar.set_postfix(ret=f"{ret:.4g}", updates=updates, refresh=False)
-            bar.update(step - before)
-            if metrics and (due(args.save_every) or due(args.log_every) or stopping):  # one transfer to the host
-                values = dict(zip(metrics, torch.stack([m.float() for m in metrics.values()]).tolist()))
-                for name, value in values.items():
-                    if name.startswith(("losses/", "grad/")) and not math.isfinite(value):
-                        fail(f"{name} is {value} at step {step}; stopped, the last good checkpoint stays in {run}")
-            if due(args.save_every) or stopping:
-                save_checkpoint(run, args, agent, optimizer, replay, device, step=step, updates=updates,
-                                learned=learned, capacity=rows)
-            if due(args.log_every) and metrics:
-                seconds = bar.format_dict["elapsed"]
-                speed = {"charts/SPS": (step - bar.initial) / seconds, "charts/UPS": (updates - first) / seconds}
-                log_results(writer, step, {**speed, "charts/frames": step * args.action_repeat, **values})
-            with torch.random.fork_rng([device] if cuda else []):  # looking changes nothing
-                if due(args.video_every) and "image" in replay.data and starts > 0 and not stopping:  # D9
-                    log_results(writer, step, *open_loop_video(agent, replay, args))
-                if due(args.eval_every) and args.eval_episodes and step < args.total_timesteps and not stopping:
-                    log_results(writer, step, evaluate(agent, args, device, step))
-        row = envs.step(action)
+            restore_rng(saved["rng"])
+
+    ratio = args.train_ratio / (args.batch_size * args.batch_length)
+    # as many starts of sequences as a batch has steps before the first update (official)
+    starts = min(args.batch_size * args.batch_length, (capacity - args.batch_length) * args.num_envs)
+    if rank == 0:
+        count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+        print(f"{device}, {args.precision}, {args.size}: {count:,} parameters")
+        print(f"{ratio:g} updates per policy step (batch {args.batch_size} x {args.batch_length})")
+        print(f"run directory {run}")
+        writer = start_log(run, args, step)
+
+    def due(every: int) -> bool:
+        return every > 0 and step // every > before // every
+
+    def save() -> None:
+        save_checkpoint(
+            run, args, step=step, updates=updates, debt=debt, life=life, capacity=capacity,
+            agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict())
+
+    def dream() -> None:
+        if "image" in replay.data and replay.size > length:
+            video, errors = dream_video(agent, replay)
+            save_gif(video, writer, step)
+            log_metrics(writer, errors, step)
+
+    # ---- act, store, learn ----
+    stop = stop_signals()
+    stopping = False
+    metrics = {}
+    ret = math.nan
+    bar = progress_bar(args, step, rank)
+    row = envs.reset()
+    state = agent.initial(num_envs)
+    while step < args.total_timesteps and not stopping:
+        state = agent.act(row, state)
+        state["action"][torch.as_tensor(row["is_last"])] = 0  # no action follows an episode's end
+        replay.add(row | state)
+        ended = row["is_last"]
+        episodes = list(zip(envs.ret[ended], envs.length[ended]))
+        decisions, stopping = sum_ranks([(~row["is_first"]).sum(), len(stop)], device)
+        before = step
+        step += decisions
+        row = envs.step(state["action"].cpu().numpy())
+
+        if (replay.size - args.batch_length) * args.num_envs >= starts:
+            # one update at first: the rows before it are not made up for (official)
+            debt += args.num_envs * ratio if updates else 1
+            while debt >= 1:
+                metrics = train_step(agent, optimizer, replay, batch_size)
+                updates += 1
+                debt -= 1
+
+        # ---- now and then: log, save, dream, evaluate; rank 0 alone ----
+        if rank > 0:
+            continue
+        for ret, steps in episodes:
+            say(f"global_step={step}, episodic_return={ret}")
+            log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": steps}, step)
+        bar.set_postfix(episodic_return=ret, updates=updates, refresh=False)
+        bar.update(step - before)
+        if metrics and (due(args.log_every) or due(args.save_every)):
+            values = read_metrics(metrics, step, run)
+            values["charts/frames"] = step * args.action_repeat
+            values.update(speeds(bar, step, updates - saved.get("updates", 0)))
+            log_metrics(writer, values, step)
+        if due(args.save_every):
+            save()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
+            if due(args.video_every):
+                dream()
+            if due(args.eval_every) and args.eval_episodes:
+                log_evaluation(writer, evaluate(agent, args, stop), step)
+
+    # ---- the end ----
     bar.close()
     if rank == 0:
-        if stopping:
-            print(f"saved at step {step}; continue with --resume {run}")
-        elif args.eval_episodes:  # also after the resume of a run that had ended
-            log_results(writer, step, evaluate(agent, args, device, step))
+        if metrics:
+            log_metrics(writer, read_metrics(metrics, step, run), step)
+        save()
+        if not stopping:
+            dream()
+        if not stopping and args.eval_episodes:  # also after the resume of a run that had ended
+            log_evaluation(writer, evaluate(agent, args, stop), step)
+        print(f"saved at step {step} in {run}")
         writer.close()
-    if world_size > 1:
+    if ranks > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except OSError as error:  # a full disk, a missing file of the replay
-        fail(f"{error}; the last checkpoint is as it was")
+    main(parse_args())
