@@ -31,7 +31,7 @@ discount g, value v. Paper: phi observation model, psi dynamics, theta actor, xi
 (Z = S*K), D width of h, L tokens, A actions.
 
 Differences from the official code: its latent-prediction loss is never computed, because of a wrong key; here it
-is. FIRE after a lost life is the next counted step, with no other step between lives; no-ops at reset are 0..29,
+is. FIRE after a lost life is the next counted step, with no other step between lives; no-ops at reset are 0..30,
 FIRE comes first; the time limit is per game. Layers of the Transformer start with different weights. A dream
 keeps keys and values, not layer inputs (same numbers), and its restarts come from one pool per dream.
 SPDX-License-Identifier: MIT
@@ -951,10 +951,10 @@ class Envs:
         self.atari = spec.id.startswith("ALE/")
         options = dict(vectorization_mode="sync", vector_kwargs=dict(autoreset_mode="NextStep"))
         if self.atari:
-            options = dict(
+            options = dict(  # noop_max is exclusive: 0 to 30 no-ops at reset
                 autoreset_mode="NextStep", img_height=210, img_width=160, grayscale=False, stack_num=1,
                 maxpool=True, frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
-                noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                noop_max=31, use_fire_reset=False, reward_clipping=False, episodic_life=False,
                 max_num_frames_per_episode=108_000)
             options.update(atari)
         elif pixels:
@@ -962,7 +962,7 @@ class Envs:
         if not self.atari:
             options["wrappers"] = [partial(gymnasium.wrappers.RepeatAction, num_repeats=args.action_repeat)]
             if pixels:
-                options["wrappers"].append(gymnasium.wrappers.AddRenderObservation)
+                options["wrappers"].append(render_wrapper)
         try:
             self.envs = gymnasium.make_vec(spec.id, num_envs, **options)
         except gymnasium.error.DependencyNotInstalled as error:
@@ -1007,12 +1007,14 @@ class Envs:
         unit = action.clip(-1, 1).reshape(-1, *space.shape)
         share = (unit.astype(np.float64) + 1) / 2
         with np.errstate(over="ignore"):
-            width = (space.high - space.low).astype(np.float64)  # infinite also where it overflows
-        low = space.low.astype(np.float64)
+            width = (space.high - space.low).astype(np.float64)
+        bounded = np.isfinite(width)  # it is infinite also where it overflows
+        width = np.where(bounded, width, 0)
+        low = np.where(bounded, space.low, 0).astype(np.float64)
         if np.issubdtype(space.dtype, np.integer):
             native = np.floor(low + share * (width + 1)).clip(low, space.high)  # equal shares
         else:
-            native = np.where(np.isfinite(width), low + share * width, unit.clip(space.low, space.high))
+            native = np.where(bounded, low + share * width, unit.clip(space.low, space.high))
         return native.astype(space.dtype)
 
     def row(self, obs, reward: np.ndarray, **flags: np.ndarray) -> dict[str, np.ndarray]:
@@ -1036,12 +1038,19 @@ def render_options(spec: gymnasium.envs.registration.EnvSpec, size: int) -> dict
         creator = gymnasium.envs.registration.load_env_creator(creator)
     modes = getattr(creator, "metadata", {}).get("render_modes", ["rgb_array"])
     if "rgb_array" not in modes:
-        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array")
+        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
     options = dict(render_mode="rgb_array")
     if spec.namespace == "dm_control":  # official: small images, the camera that follows
         camera = 2 if "quadruped" in spec.id else 0
         options["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
     return options
+
+
+def render_wrapper(env: gymnasium.Env) -> gymnasium.Env:
+    """The environment seen by its rendered image."""
+    if env.render_mode != "rgb_array":
+        fail(f"{env} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
+    return gymnasium.wrappers.AddRenderObservation(env)
 
 
 def is_image(space: gymnasium.Space) -> bool:
@@ -1129,7 +1138,7 @@ def make_envs(args: Args, num_envs: int, *key: int) -> Envs:
         # ale-py resizes by area, as the official code does
         envs = LifeEnvs(
             args, num_envs, seeds, 64, life_loss=args.life_loss and not evaluation, use_fire_reset=True,
-            noop_max=0 if evaluation else 30, img_height=64, img_width=64, grayscale=args.grayscale)
+            noop_max=0 if evaluation else 31, img_height=64, img_width=64, grayscale=args.grayscale)
     else:
         envs = Envs(args, num_envs, seeds, 64, pixels=not shows_image(args.env_id))
     if not envs.discrete or envs.action_dim < 2:
@@ -1151,6 +1160,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
     free = shutil.disk_usage(run).free / 2**30
     if needed > free:
         fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+
+
+def rows_at_risk(args, step: int, more: int = 0) -> int:
+    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come `more`
+    steps late. An episode has one row more than it has steps."""
+    steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
+    return 2 * steps // args.num_envs + 1
 
 
 class Storage:
@@ -1251,6 +1267,10 @@ class Replay(Storage):
         """How many sequences of `length` steps with known outcome each environment has."""
         return [max(count - length, 0) for count in self.count]
 
+    def is_ready(self, batch_size: int, *lengths: int) -> bool:
+        """Whether there are `batch_size` different sequences of each of these lengths."""
+        return all(sum(self.starts(length)) >= batch_size for length in lengths)
+
     def stacks(self, env: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Observations (...,Y,X,frames*C) of steps in line (...): frames of before an episode repeat its first."""
         rows = self.line[env, step]
@@ -1325,8 +1345,9 @@ class Replay(Storage):
         """Fields (length+1,count or less) and logits (length+2,count or less,S,K) of an epoch over sequences that do not
         overlap, from a random phase on."""
         if self.queue is None:
-            phase = int(torch.randint(length, ()))
-            self.next_epoch([torch.arange(phase, size, length, device=self.device) for size in self.starts(length)])
+            sizes = self.starts(length)
+            phase = int(torch.randint(min(length, max(sizes)), ()))
+            self.next_epoch([torch.arange(phase, max(size, phase), length, device=self.device) for size in sizes])
         env, start = self.take(count)
         step, batch = self.sequences(env, start, length)
         return batch, self.logits[env.to(self.logits.device), step.to(self.logits.device)]
@@ -1387,7 +1408,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
         if envs.length.max() >= limit:
-            tqdm.write(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
+            say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in range(num_envs):
                 returns[i].append(envs.ret[i])
                 lengths[i].append(envs.length[i])
@@ -1650,10 +1671,6 @@ def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
     check_positive(args, "total_timesteps num_envs batch_size batch_length imag_batch imag_horizon memory_length "
                    "train_every frame_stack replay_temperature model_clip ac_clip save_every")
-    steps = args.learning_starts // args.num_envs - max(args.batch_length, args.imag_horizon) - 1
-    if steps * args.num_envs < max(args.batch_size, 1):
-        fail(f"--learning-starts {args.learning_starts} is too small for --batch-size {args.batch_size} sequences "
-             "of --batch-length or --imag-horizon steps")
     if args.imag_batch > args.batch_size * args.batch_length:
         fail("--imag-batch cannot be more than --batch-size x --batch-length: dreams start in different states")
     if args.batch_length < 2 or args.width % 2:
@@ -1696,6 +1713,14 @@ def read_metrics(metrics: dict[str, torch.Tensor], step: int, run: Path) -> dict
     return values
 
 
+def say(text: str) -> None:
+    """A line on stdout, beside the progress bar where there is one."""
+    if sys.stderr.isatty():
+        tqdm.write(text)
+    else:
+        print(text, flush=True)
+
+
 def log_metrics(writer: SummaryWriter, metrics: dict[str, float], step: int) -> None:
     """One scalar a metric."""
     for name, value in metrics.items():
@@ -1706,7 +1731,7 @@ def log_evaluation(writer: SummaryWriter, results: dict[str, float], step: int) 
     """Results to TensorBoard and as one line."""
     log_metrics(writer, results, step)
     if results:
-        tqdm.write(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
+        say(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
 # ==== end shared ====
 
 
@@ -1811,7 +1836,8 @@ def main(args: Args) -> None:
             log_metrics(writer, {f"pretrain_{phase}/{k}": v for k, v in values.items()}, seen[phase])
             bar.set_postfix({phase: f"{seen[phase]:,}"})
             save()
-        return gather_ranks(torch.tensor([len(stop)], device=device)).sum().item() > 0
+        (stopping,) = sum_ranks([len(stop)], device)
+        return stopping > 0
 
     # ---- act, store, learn ----
     stop = stop_signals()
@@ -1824,15 +1850,16 @@ def main(args: Args) -> None:
     state = agent.initial(num_envs)
     while step < args.total_timesteps and not stopping:
         if step >= args.learning_starts and not pretrained:
-            pretrained = pretrain(agent, optimizer, replay, seen, batch_size, report)
-            if not pretrained:
-                break
+            ready = replay.is_ready(batch_size, args.batch_length, args.imag_horizon)
+            if sum_ranks([ready], device) == [ranks]:
+                pretrained = pretrain(agent, optimizer, replay, seen, batch_size, report)
+                if not pretrained:
+                    break
         state = agent.act(row, state) if pretrained else agent.act_randomly(row, state)
         replay.add(dict(row, action=state["action"], reward=np.tanh(row["reward"])))  # tanh: official
         ended = envs.last  # a lost life is no end of the game
         episodes = list(zip(envs.ret[ended], envs.length[ended]))
-        news = torch.tensor([[(~row["is_first"]).sum(), len(stop)]], device=device)
-        decisions, stopping = gather_ranks(news).sum(0).tolist()  # the same for all ranks
+        decisions, stopping = sum_ranks([(~row["is_first"]).sum(), len(stop)], device)
         before = step
         step += decisions
         row = envs.step(state["action"].cpu().numpy())
@@ -1866,6 +1893,9 @@ def main(args: Args) -> None:
 
     # ---- the end ----
     bar.close()
+    if not pretrained and not stopping and not stop:
+        fail(f"no update in {step} steps: --learning-starts {args.learning_starts} is not below the budget, or too "
+             f"small for {args.batch_size} sequences")
     stopping = stopping or not pretrained
     if rank == 0:
         if metrics:
@@ -1875,7 +1905,6 @@ def main(args: Args) -> None:
             dream()
         if not stopping and args.eval_episodes:  # also after the resume of a run that had ended
             log_evaluation(writer, evaluate(agent, args, stop), step)
-            agent.eval()
         print(f"saved at step {step} in {run}")
         writer.close()
     if ranks > 1:
