@@ -764,6 +764,11 @@ class Agent(nn.Module):
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16", cache_enabled=False)
 
+    def prepare(self, rows: dict) -> dict:
+        """Replayed fields, on the device; the reward becomes tanh(reward) (official)."""
+        rows = {k: v.to(self.device, non_blocking=True) for k, v in rows.items()}
+        return dict(rows, reward=rows["reward"].tanh())
+
     def initial(self, num_envs: int) -> dict:
         """State before the first observation: an empty stack of frames."""
         height, width, channels = self.shapes["image"]
@@ -806,8 +811,7 @@ class Agent(nn.Module):
 def train_world_model(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> tuple[dict, dict]:
     """One step of psi, then of phi, on one batch -> states where dreams can start (T*B,...), metrics."""
     world = agent.world
-    rows = replay.sample(batch_size, agent.args.batch_length)
-    rows = {k: v.to(agent.device, non_blocking=True) for k, v in rows.items()}
+    rows = agent.prepare(replay.sample(batch_size, agent.args.batch_length))
     obs = rows.pop("image") / 255
     world.train()  # with dropout, also where predictions are the target of the consistency loss (official)
     with agent.autocast():
@@ -881,7 +885,7 @@ def pretrain_dynamics(agent: Agent, optimizer: Optimizers, replay: Replay, batch
     """The dynamics alone; z is sampled anew from the logits that replay keeps, as the encoder stays as it is."""
     length = agent.args.batch_length
     rows, logits = replay.next_sequences(batch_size, length)
-    rows = {k: v.to(agent.device) for k, v in rows.items()}
+    rows = agent.prepare(rows)
     world = agent.world
     world.train()
     with agent.autocast():
@@ -901,7 +905,7 @@ def pretrain_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, batc
     behaviour = agent.behaviour
     imag_batch = args.imag_batch * batch_size // args.batch_size
     rows, logits = replay.next_sequences(imag_batch, args.imag_horizon)
-    rows = {k: v.to(agent.device)[1:] for k, v in rows.items()}
+    rows = {k: v[1:] for k, v in agent.prepare(rows).items()}
     latent = sample_latent(logits[1:])
     discount = torch.full_like(rows["reward"], args.gamma)
     with agent.autocast():
@@ -1387,6 +1391,15 @@ def replay_specs(shapes: dict, action_dim: int) -> dict:
     }
 
 
+def lengthen(folder: Path, specs: dict, num_envs: int, before: int, after: int) -> None:
+    """Room for more rows in the files of a run that is resumed with a larger budget."""
+    for name, (shape, dtype) in specs.items():
+        path = folder / f"{name}.bin"
+        size = num_envs * math.prod(shape) * dtype.itemsize
+        if path.exists() and path.stat().st_size == before * size:
+            os.truncate(path, after * size)
+
+
 # ======== 9. evaluate and dream ========
 # ==== shared: evaluation ====
 def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
@@ -1455,7 +1468,7 @@ def dream_video(agent: Agent, replay: Replay, count: int = 4, context: int = 5) 
     starts = torch.tensor([(env, start) for env, size in enumerate(replay.starts(args.batch_length)) for start in range(size)])
     env, start = starts[torch.randint(len(starts), (count,))].T.to(replay.device)
     step, batch = replay.sequences(env, start, args.batch_length)
-    batch = {k: v.to(agent.device) for k, v in batch.items()}
+    batch = agent.prepare(batch)
     truth = replay.stacks(env, step)[1:-1].to(agent.device) / 255  # (T,count,Y,X,frames*C)
     seen = mode_latent(world.encoder(truth[:context]))
     cache = world.dynamics.empty_cache(count, args.batch_length)
@@ -1787,14 +1800,13 @@ def main(args: Args) -> None:
 
     # ---- run directory and replay, as they were where a run is resumed ----
     # the whole run is kept: an episode has one row more than steps, and rows are on disk only once they are used
-    capacity = saved.get("capacity") or 2 * args.total_timesteps // args.num_envs + 1
-    if args.total_timesteps > (capacity - 1) * args.num_envs // 2 + 1:
-        fail(f"the run's replay was made for {(capacity - 1) * args.num_envs // 2} steps: lower --total-timesteps")
+    capacity = max(2 * args.total_timesteps // args.num_envs + 1, saved.get("capacity", 0))
     run = make_run(args, device)
     held = lock(run) if rank == 0 else None
     specs = replay_specs(envs.shapes, envs.action_dim)
-    if not saved:
-        check_disk(run, specs, args.total_timesteps)
+    check_disk(run, specs, args.total_timesteps - step)
+    if saved:  # with a larger budget
+        lengthen(run / f"replay{rank}", specs, num_envs, saved["capacity"], capacity)
     replay = Replay(
         specs, capacity, num_envs, run / f"replay{rank}", device, new=not saved,
         frames=args.frame_stack, temperature=args.replay_temperature)
@@ -1856,7 +1868,7 @@ def main(args: Args) -> None:
                 if not pretrained:
                     break
         state = agent.act(row, state) if pretrained else agent.act_randomly(row, state)
-        replay.add(dict(row, action=state["action"], reward=np.tanh(row["reward"])))  # tanh: official
+        replay.add(row | state)
         ended = envs.last  # a lost life is no end of the game
         episodes = list(zip(envs.ret[ended], envs.length[ended]))
         decisions, stopping = sum_ranks([(~row["is_first"]).sum(), len(stop)], device)

@@ -607,7 +607,7 @@ def test_update_and_dream(double, modes, monkeypatch):
     batch = {
         "image": 255 * obs.permute(1, 0, 3, 4, 2),
         "action": time_first("e2e/a"),
-        "reward": time_first("e2e/r"),
+        "reward": time_first("e2e/r").atanh(),
         "is_terminal": is_terminal,
         "is_last": is_terminal | time_first("e2e/truncated"),
     }
