@@ -66,7 +66,7 @@ import zipfile
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -2027,3 +2027,246 @@ def log_evaluation(writer: SummaryWriter, results: dict[str, float], step: int) 
         tqdm.write(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
 # ==== end shared ====
 
+
+def load_data(replay: Replay, episodes: list, shapes: dict, action_dim: int, vlm: str, vl_dim: int) -> None:
+    """Episode files into the replay, which then holds nothing else. What does not fit is named and left out."""
+    skipped = 0
+    for path, _, _ in tqdm(episodes, desc="read"):
+        try:
+            rows = read_episode(path, shapes, action_dim, vlm, vl_dim)
+        except Exception as error:  # a damaged file raises anything
+            tqdm.write(f"skipped {path}: {type(error).__name__} {error}")
+            skipped += 1
+            continue
+        for t in range(len(rows["is_first"])):
+            replay.add({name: x[t : t + 1] for name, x in rows.items()})
+    if skipped:
+        tqdm.write(f"{skipped} of {len(episodes)} files skipped")
+
+
+def embed_replay(replay: Replay, get_vlm, stop: list) -> None:
+    """Embeddings for all episodes that have none; one after the other, so it can be interrupted."""
+    for first, rows, env in tqdm(replay.episodes(), desc="embed", unit="episode"):
+        if stop:
+            break
+        episode = replay.episode(first, rows, env)
+        if rows >= CLIP and not episode["vl_embed"][-1].any():
+            replay.label(first, env, embed_clips(get_vlm(), episode["image"].numpy()))
+
+
+def evaluate_prompt(agent: Agent, args: Args, stop: list) -> dict[str, float]:
+    """`evaluate`, and the score of tasks whose 0 and 1 are known."""
+    results = evaluate(agent, args, stop)
+    _, low, high = PROMPTS.get(args.env_id, (None, None, None))
+    if results and high is not None:
+        results["eval/normalized_score"] = (results["eval/episodic_return"] - low) / (high - low)
+    return results
+
+
+def main(args: Args) -> None:
+    rank, ranks, device = start_ranks(args.device)
+    keep_freed_memory()
+    saved = load_checkpoint(Path(args.resume)) if args.resume else {}
+    progress = saved.get("progress", dict(collect=0, pretrain=0, policy=0))  # policy steps, updates, updates
+    explored = saved.get("explored", 0)  # updates during collection
+    life = saved.get("life", -1) + 1  # how often the run was resumed
+    if args.num_envs % ranks or args.batch_size % ranks or args.policy_batch_size % ranks:
+        fail(f"--num-envs, --batch-size and --policy-batch-size must be multiples of the {ranks} processes")
+    num_envs = args.num_envs // ranks
+    batch_size = args.batch_size // ranks
+    policy_batch_size = args.policy_batch_size // ranks
+
+    # ---- language: what is asked for, in the space of the data's embeddings ----
+    get_vlm = cache(partial(load_vlm, args.vlm, device))
+    if saved and args.vlm != saved["args"]["vlm"]:
+        fail(f"{args.resume} holds embeddings of {saved['args']['vlm']}, not of {args.vlm}")
+    data = find_episodes(args.data_dir, args.buffer_size) if args.data_dir and not saved else []
+    widths = {width for _, _, width in data}
+    vl_dim = saved.get("vl_dim") or (widths.pop() if len(widths) == 1 else 0) or get_vlm().dim
+    prompt = prompt_text(args)
+    new_prompt = prompt != saved.get("prompt", prompt)
+    embed = saved["embed"] if saved and not new_prompt else embed_prompt(args, get_vlm, vl_dim)
+    if new_prompt:
+        progress["policy"] = 0
+
+    # ---- environments, agent, optimiser ----
+    seed = seed_generators(args.seed, rank, life)
+    envs = make_envs(args, num_envs, 0, rank, life)  # after a resume other episodes than before
+    torch.manual_seed(args.seed)  # the same weights on every rank
+    agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args, vl_dim).to(device)
+    torch.manual_seed(seed)  # other samples on every rank
+    optimizer = Optimizers(agent, args)
+    if args.compile == "on" or args.compile == "auto" and device.type == "cuda":
+        agent.world.rssm.core = torch.compile(agent.world.rssm.core, dynamic=False)
+        agent.connector.core = torch.compile(agent.connector.core, dynamic=False)
+        agent.world.decoder.compile(dynamic=False)
+
+    # ---- run directory and replay, as they were where a run is resumed ----
+    # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
+    most = [sum(rows for _, rows, _ in data[r::ranks]) for r in range(ranks)]
+    capacity = max(most) if data else min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
+    capacity = saved.get("capacity", capacity)
+    run = make_run(args, device)
+    held = lock(run) if rank == 0 else None
+    specs = replay_specs(envs.shapes, envs.action_dim, vl_dim)
+    if not saved:
+        check_disk(run, specs, capacity * args.num_envs)
+    replay = Replay(specs, capacity, 1 if args.data_dir else num_envs, run / f"replay{rank}", device, new=not saved)
+    if saved:
+        weights = agent.state_dict() | saved["agent"]
+        states = optimizer.state_dict() | saved["optimizer"]
+        if new_prompt:  # a new actor and critic
+            weights |= {k: v for k, v in agent.state_dict().items() if k.startswith("behaviour")}
+            states |= {k: v for k, v in optimizer.state_dict().items() if k in ("actor", "critic")}
+        load_weights(agent, weights)
+        optimizer.load_state_dict(states)
+        replay.load_state_dict(saved["replay"], lost=0 if args.data_dir else 2 * args.save_every // args.num_envs + 1)
+        if rank == 0:
+            restore_rng(saved["rng"])
+    if data:
+        load_data(replay, data[rank::ranks], envs.shapes, envs.action_dim, args.vlm, vl_dim)
+
+    if rank == 0:
+        count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+        print(f"{device}, {args.precision}: {count:,} parameters; embeddings of {vl_dim} numbers")
+        print(f"1/{args.train_every} updates per policy step of collection, then {args.pretrain_updates} of "
+              f"{args.batch_size} x {args.batch_length} and {args.policy_updates} of "
+              f"{args.policy_batch_size} x {args.policy_batch_length}")
+        print(f"run directory {run}\nprompt: {prompt}")
+        writer = start_log(run, args, sum(progress.values()))
+
+    def due(every: int, before: int, now: int) -> bool:
+        return every > 0 and now // every > before // every
+
+    def save() -> None:
+        save_checkpoint(
+            run, args, progress=progress, explored=explored, life=life, capacity=capacity, vl_dim=vl_dim,
+            prompt=prompt, embed=embed, agent=agent.state_dict(), optimizer=optimizer.state_dict(),
+            replay=replay.state_dict())
+
+    def log(metrics: dict, bar: tqdm) -> None:
+        step = sum(progress.values())
+        values = read_metrics(metrics, step, run)
+        values["charts/frames"] = progress["collect"] * args.action_repeat
+        values["charts/SPS" if bar.unit == "step" else "charts/UPS"] = (bar.n - bar.initial) / bar.format_dict["elapsed"]
+        log_metrics(writer, values, step)
+
+    def show(make) -> None:
+        """A video and its numbers."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
+            video, results = make()
+        save_gif(video, writer, sum(progress.values()))
+        log_metrics(writer, results, sum(progress.values()))
+
+    def score() -> None:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            log_evaluation(writer, evaluate_prompt(agent, args, stop), sum(progress.values()))
+
+    # ---- collect: act, store, learn to explore ----
+    stop = stop_signals()
+    stopping = False
+    metrics = {}
+    ret = math.nan
+    steps = 0 if args.data_dir else args.total_timesteps
+    bar = progress_bar(replace(args, total_timesteps=steps), progress["collect"], rank)
+    bar.set_description("collect")
+    agent.exploring = True
+    row = envs.reset()
+    state = agent.initial(num_envs)
+    prev_action = state["action"]
+    no_label = torch.zeros(num_envs, vl_dim)  # until the clips are embedded
+    while progress["collect"] < steps and not stopping:
+        replay.add(row | {"prev_action": prev_action, "vl_embed": no_label})
+        state = agent.act(row, state) if explored else agent.act_randomly(num_envs)
+        ended = row["is_last"]
+        state["action"][torch.as_tensor(ended)] = 0  # no action follows an episode's end
+        episodes = list(zip(envs.ret[ended], envs.length[ended]))
+        ready = replay.longest() >= args.batch_length
+        news = torch.tensor([[(~row["is_first"]).sum(), len(stop), ready]], device=device)
+        decisions, stopping, ready = gather_ranks(news).sum(0).tolist()  # the same for all ranks
+        before = progress["collect"]
+        now = progress["collect"] = before + decisions
+        row = envs.step(state["action"].cpu().numpy())
+        prev_action = state["action"]
+
+        if args.collect_policy == "plan2explore" and now >= args.learning_starts and ready == ranks:
+            if due(args.train_every, before, now) or not explored:
+                metrics = train_explorer(agent, optimizer, replay, batch_size)
+                explored += 1
+
+        if rank > 0:
+            continue
+        for ret, length in episodes:
+            tqdm.write(f"global_step={now}, episodic_return={ret}")
+            log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": length}, now)
+        bar.set_postfix(episodic_return=ret, updates=explored, refresh=False)
+        bar.update(now - before)
+        if metrics and due(args.log_every, before, now):
+            log(metrics, bar)
+        if due(args.save_every, before, now):
+            save()
+    bar.close()
+    agent.exploring = False
+
+    # ---- embed ----
+    if not stopping:
+        needed = max(args.batch_length, args.policy_batch_length)
+        if replay.longest() < needed:
+            fail(f"no episode has the {needed} rows of --batch-length and --policy-batch-length")
+        embed_replay(replay, get_vlm, stop)
+        if args.write_episodes and not saved and not stop:
+            for number, (first, rows, env) in enumerate(tqdm(replay.finished, desc="write")):
+                write_episode(run / "episodes", number, replay.episode(first, rows, env), args.vlm)
+
+    def learn(name: str, total: int, train, batch_size: int, make) -> None:
+        """A phase of `total` updates; `make()` gives its video."""
+        nonlocal stopping
+        bar = progress_bar(replace(args, total_timesteps=total), progress[name], rank)
+        bar.set_description(name)
+        bar.unit = "update"
+        while progress[name] < total and not stopping:
+            metrics = train(agent, optimizer, replay, batch_size)
+            stopping = bool(gather_ranks(torch.tensor([len(stop)], device=device)).sum())
+            before = progress[name]
+            now = progress[name] = before + 1
+            if rank > 0:
+                continue
+            bar.update(1)
+            if due(args.log_every, before, now) or due(args.save_every, before, now) or now == total:
+                log(metrics, bar)
+            if due(args.save_every, before, now) or now == total or stopping:
+                save()
+            if due(args.video_every, before, now) or now == total or now == 1 and name == "policy":
+                show(make)
+            if name == "policy" and due(args.eval_every, before, now) and args.eval_episodes and now < total:
+                score()
+        bar.close()
+
+    # ---- pre-train world model and connector ----
+    stopping = stopping or bool(stop)
+    learn("pretrain", args.pretrain_updates, train_world_model, batch_size, lambda: dream_video(agent, replay))
+
+    # ---- prompt, then learn to do what it says in dreams ----
+    if not stopping:
+        embed = embed.to(device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(args.seed)  # the same target after a resume
+            agent.set_prompt(embed, policy_batch_size * args.policy_batch_length)
+        if rank == 0:
+            log_metrics(writer, report_gap(agent, replay, embed), sum(progress.values()))
+    learn("policy", args.policy_updates, train_behaviour, policy_batch_size, lambda: prompt_video(agent, args))
+
+    # ---- the end ----
+    if rank == 0:
+        if stopping:
+            save()
+        elif args.eval_episodes:  # also after the resume of a run that had ended
+            score()
+        print(f"saved in {run} after {progress}")
+        writer.close()
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(parse_args())
