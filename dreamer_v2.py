@@ -22,17 +22,18 @@ Which obs, action and reward share an index. A replay row t holds
     arrived together, caused by action_{t-1}              | chosen here
 
 A training sequence is T rows of one episode; its row 0 counts as is_first: memory begins with zeros. In a
-dream reward and discount belong to the state itself: V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H.
+dream reward and discount belong to the state itself: V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}),
+V_H = v_H.
 
 Names: deter h, stoch z (some texts: s), feat s = [h, z], post_logits q, prior_logits p, cont the discount d,
 value v, slow_value the target critic, target V. Axes: T time, B batch, H imagination, N envs or dreams,
 S groups of K classes, D width of h, F feat, A action.
 
 What changes from DreamerV1: 32 categoricals with straight-through gradients instead of a Gaussian; KL
-balancing; a GRU with layer norm; a predicted discount; a target critic; Reinforce for discrete actions; ends of
-episodes are replayed more often.
+balancing; a GRU with layer norm; a predicted discount; a target critic; Reinforce for discrete actions;
+ends of episodes are replayed more often.
 Differences from the official code: float32 or bfloat16 instead of float16; feat is [h, z] instead of [z, h];
-0 to 29 no-ops at reset instead of 1 to 30; the environment is not reset between random actions and policy;
+0 to 30 no-ops at reset instead of 1 to 30; the environment is not reset between random actions and policy;
 replay counts rows, resetting rows too; --actor-grad both with continuous actions cuts the sample's gradient
 in its log-probability, the official code does not.
 SPDX-License-Identifier: MIT
@@ -401,7 +402,7 @@ class WorldModel(nn.Module):
         self.decoder = Decoder(channels, self.feat, args.cnn_depth)
         self.reward = scalar_head(self.feat, args.units, args.layers)
         if args.pred_discount:
-            self.cont = mlp(self.feat, args.units, args.layers, 1)
+            self.cont = scalar_head(self.feat, args.units, args.layers)
 
     def predict_reward(self, feat: torch.Tensor) -> torch.Tensor:
         """feat (...,F) -> (...)."""
@@ -591,7 +592,7 @@ class Adam:
         average_ranks(grads)
         with torch.no_grad():
             norm = torch.stack(torch._foreach_norm(grads)).norm()
-            torch._foreach_mul_(grads, (self.clip / norm).clamp(max=1))
+            grads = torch._foreach_mul(grads, (self.clip / norm).clamp(max=1))
 
             self.count += 1
             correct1 = 1 - self.beta1 ** self.count
@@ -736,10 +737,10 @@ class Envs:
         self.atari = spec.id.startswith("ALE/")
         options = dict(vectorization_mode="sync", vector_kwargs=dict(autoreset_mode="NextStep"))
         if self.atari:
-            options = dict(
+            options = dict(  # noop_max is exclusive: 0 to 30 no-ops at reset
                 autoreset_mode="NextStep", img_height=210, img_width=160, grayscale=False, stack_num=1,
                 maxpool=True, frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
-                noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                noop_max=31, use_fire_reset=False, reward_clipping=False, episodic_life=False,
                 max_num_frames_per_episode=108_000)
             options.update(atari)
         elif pixels:
@@ -747,7 +748,7 @@ class Envs:
         if not self.atari:
             options["wrappers"] = [partial(gymnasium.wrappers.RepeatAction, num_repeats=args.action_repeat)]
             if pixels:
-                options["wrappers"].append(gymnasium.wrappers.AddRenderObservation)
+                options["wrappers"].append(render_wrapper)
         try:
             self.envs = gymnasium.make_vec(spec.id, num_envs, **options)
         except gymnasium.error.DependencyNotInstalled as error:
@@ -792,12 +793,14 @@ class Envs:
         unit = action.clip(-1, 1).reshape(-1, *space.shape)
         share = (unit.astype(np.float64) + 1) / 2
         with np.errstate(over="ignore"):
-            width = (space.high - space.low).astype(np.float64)  # infinite also where it overflows
-        low = space.low.astype(np.float64)
+            width = (space.high - space.low).astype(np.float64)
+        bounded = np.isfinite(width)  # it is infinite also where it overflows
+        width = np.where(bounded, width, 0)
+        low = np.where(bounded, space.low, 0).astype(np.float64)
         if np.issubdtype(space.dtype, np.integer):
             native = np.floor(low + share * (width + 1)).clip(low, space.high)  # equal shares
         else:
-            native = np.where(np.isfinite(width), low + share * width, unit.clip(space.low, space.high))
+            native = np.where(bounded, low + share * width, unit.clip(space.low, space.high))
         return native.astype(space.dtype)
 
     def row(self, obs, reward: np.ndarray, **flags: np.ndarray) -> dict[str, np.ndarray]:
@@ -821,12 +824,19 @@ def render_options(spec: gymnasium.envs.registration.EnvSpec, size: int) -> dict
         creator = gymnasium.envs.registration.load_env_creator(creator)
     modes = getattr(creator, "metadata", {}).get("render_modes", ["rgb_array"])
     if "rgb_array" not in modes:
-        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array")
+        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
     options = dict(render_mode="rgb_array")
     if spec.namespace == "dm_control":  # official: small images, the camera that follows
         camera = 2 if "quadruped" in spec.id else 0
         options["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
     return options
+
+
+def render_wrapper(env: gymnasium.Env) -> gymnasium.Env:
+    """The environment seen by its rendered image."""
+    if env.render_mode != "rgb_array":
+        fail(f"{env} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
+    return gymnasium.wrappers.AddRenderObservation(env)
 
 
 def is_image(space: gymnasium.Space) -> bool:
@@ -897,6 +907,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
         fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
 
 
+def rows_at_risk(args, step: int, more: int = 0) -> int:
+    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come `more`
+    steps late. An episode has one row more than it has steps."""
+    steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
+    return 2 * steps // args.num_envs + 1
+
+
 class Storage:
     """Ring of `capacity` rows for each of `num_envs` endless streams: tensors (capacity,num_envs,...),
     in memory-mapped files that need no RAM of their own and survive a crash. `specs`: name -> (shape, dtype).
@@ -962,8 +979,8 @@ class Storage:
 
 class Replay(Storage):
     """Chunks of finished episodes: an episode uniformly, so steps of short ones come more often, then a start
-    in it. With `prioritize_ends` that is min(randint(R - T + 1 + T), R - T) for an episode of R rows: its last
-    chunk comes with probability (T + 1) / (R + 1). Source: `common/replay.py`."""
+    in it. With `prioritize_ends` that is min(randint(R - T + 1 + T), R - T) for an episode of R rows: its
+    last chunk comes with probability (T + 1) / (R + 1). Source: `common/replay.py`."""
 
     def __init__(self, *args, length: int, prioritize_ends: bool, **options):
         super().__init__(*args, **options)
@@ -971,7 +988,7 @@ class Replay(Storage):
         self.prioritize_ends = prioritize_ends
         self.begun = [0] * self.num_envs  # first row of the running episode
         self.episodes = []  # (first row, number of rows, environment), the oldest first
-        self.unusable = 0  # episodes that are too short, or too long for the ring
+        self.unusable = 0  # episodes in a row that were too short, or too long for the ring
 
     def add(self, row: dict) -> None:
         super().add(row)
@@ -987,6 +1004,7 @@ class Replay(Storage):
                 if self.length < rows <= self.size:
                     self.episodes.append((self.begun[env], rows, env))
                     self.episodes.sort()
+                    self.unusable = 0
                 else:
                     self.unusable += 1
         while self.episodes and self.episodes[0][0] < self.rows - self.size:
@@ -1057,7 +1075,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
         if envs.length.max() >= limit:
-            tqdm.write(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
+            say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in range(num_envs):
                 returns[i].append(envs.ret[i])
                 lengths[i].append(envs.length[i])
@@ -1232,12 +1250,21 @@ def average_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def gather_ranks(x: torch.Tensor) -> torch.Tensor:
-    """(n,...) of every rank -> (ranks*n,...): statistics of the joint batch, and what all must agree on."""
+    """(n,...) of every rank -> (ranks*n,...): statistics of the joint batch."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+def sum_ranks(counts: list, device: torch.device) -> list[int]:
+    """Sums of small integers over ranks: what all must agree on. A single process asks no device."""
+    total = torch.tensor([int(count) for count in counts])
+    if dist.is_initialized():
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.tolist()
 
 
 def keep_freed_memory() -> None:
@@ -1342,6 +1369,14 @@ def read_metrics(metrics: dict[str, torch.Tensor], step: int, run: Path) -> dict
     return values
 
 
+def say(text: str) -> None:
+    """A line on stdout, beside the progress bar where there is one."""
+    if sys.stderr.isatty():
+        tqdm.write(text)
+    else:
+        print(text, flush=True)
+
+
 def log_metrics(writer: SummaryWriter, metrics: dict[str, float], step: int) -> None:
     """One scalar a metric."""
     for name, value in metrics.items():
@@ -1352,7 +1387,7 @@ def log_evaluation(writer: SummaryWriter, results: dict[str, float], step: int) 
     """Results to TensorBoard and as one line."""
     log_metrics(writer, results, step)
     if results:
-        tqdm.write(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
+        say(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
 # ==== end shared ====
 
 
@@ -1396,7 +1431,7 @@ def main(args: Args) -> None:
     if saved:
         load_weights(agent, saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        replay.load_state_dict(saved["replay"], lost=2 * args.save_every // args.num_envs + 1)
+        replay.load_state_dict(saved["replay"], lost=rows_at_risk(args, step))
         if rank == 0:
             restore_rng(saved["rng"])
 
@@ -1435,8 +1470,8 @@ def main(args: Args) -> None:
         replay.add(row | state)
         ended = row["is_last"]
         episodes = list(zip(envs.ret[ended], envs.length[ended]))
-        news = torch.tensor([[(~row["is_first"]).sum(), len(stop), bool(replay.episodes)]], device=device)
-        decisions, stopping, ready = gather_ranks(news).sum(0).tolist()  # the same for all ranks
+        decisions, stopping, ready = sum_ranks(
+            [(~row["is_first"]).sum(), len(stop), bool(replay.episodes)], device)
         before = step
         step += decisions
         row = envs.step(state["action"].cpu().numpy())
@@ -1450,14 +1485,14 @@ def main(args: Args) -> None:
             for _ in range(due_updates):
                 metrics = train_step(agent, optimizer, replay, batch_size)
             updates += due_updates
-        elif step >= args.learning_starts and not updates:
+        elif step >= args.learning_starts:
             replay.check_usable()
 
         # ---- now and then: log, save, dream, evaluate; rank 0 alone ----
         if rank > 0:
             continue
         for ret, steps in episodes:
-            tqdm.write(f"global_step={step}, episodic_return={ret}")
+            say(f"global_step={step}, episodic_return={ret}")
             log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": steps}, step)
         bar.set_postfix(episodic_return=ret, updates=updates, refresh=False)
         bar.update(step - before)

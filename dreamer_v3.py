@@ -32,7 +32,8 @@ and two KL weights instead of balancing; a block-diagonal GRU and RMSNorm; the d
 target; percentile-scaled returns; a critic that also learns from replay; one optimiser (LaProp, adaptive
 clipping) for one joint loss; latents kept in replay.
 Differences from the official code: 1 % uniform share in the policy (as in the paper); a time limit is not
-terminal; the policy acts on the newest weights; size12m (GPU) or size1m (CPU) by default instead of size200m.
+terminal; rows of resets are no policy steps; the policy acts on the newest weights and latents go back to replay
+at once; size12m (GPU) or size1m (CPU) by default instead of size200m.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -438,7 +439,7 @@ class WorldModel(nn.Module):
         self.rssm = RSSM(deter, d, stoch, classes, 8, action_dim, self.encoder.tokens, args.unimix)
         self.decoder = Decoder(shapes, deter, stoch * classes, d, d // 16)
         self.reward = twohot_head(self.feat, d, 1)
-        self.cont = mlp(self.feat, d, 1, 1)
+        self.cont = nn.Sequential(*mlp(self.feat, d, 1), init(Float32Linear(d, 1)))
         self.register_buffer("bins", symexp_bins(), persistent=False)
 
     def predict_reward(self, feat: torch.Tensor) -> torch.Tensor:
@@ -746,10 +747,10 @@ class Envs:
         self.atari = spec.id.startswith("ALE/")
         options = dict(vectorization_mode="sync", vector_kwargs=dict(autoreset_mode="NextStep"))
         if self.atari:
-            options = dict(
+            options = dict(  # noop_max is exclusive: 0 to 30 no-ops at reset
                 autoreset_mode="NextStep", img_height=210, img_width=160, grayscale=False, stack_num=1,
                 maxpool=True, frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
-                noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                noop_max=31, use_fire_reset=False, reward_clipping=False, episodic_life=False,
                 max_num_frames_per_episode=108_000)
             options.update(atari)
         elif pixels:
@@ -757,7 +758,7 @@ class Envs:
         if not self.atari:
             options["wrappers"] = [partial(gymnasium.wrappers.RepeatAction, num_repeats=args.action_repeat)]
             if pixels:
-                options["wrappers"].append(gymnasium.wrappers.AddRenderObservation)
+                options["wrappers"].append(render_wrapper)
         try:
             self.envs = gymnasium.make_vec(spec.id, num_envs, **options)
         except gymnasium.error.DependencyNotInstalled as error:
@@ -802,12 +803,14 @@ class Envs:
         unit = action.clip(-1, 1).reshape(-1, *space.shape)
         share = (unit.astype(np.float64) + 1) / 2
         with np.errstate(over="ignore"):
-            width = (space.high - space.low).astype(np.float64)  # infinite also where it overflows
-        low = space.low.astype(np.float64)
+            width = (space.high - space.low).astype(np.float64)
+        bounded = np.isfinite(width)  # it is infinite also where it overflows
+        width = np.where(bounded, width, 0)
+        low = np.where(bounded, space.low, 0).astype(np.float64)
         if np.issubdtype(space.dtype, np.integer):
             native = np.floor(low + share * (width + 1)).clip(low, space.high)  # equal shares
         else:
-            native = np.where(np.isfinite(width), low + share * width, unit.clip(space.low, space.high))
+            native = np.where(bounded, low + share * width, unit.clip(space.low, space.high))
         return native.astype(space.dtype)
 
     def row(self, obs, reward: np.ndarray, **flags: np.ndarray) -> dict[str, np.ndarray]:
@@ -831,12 +834,19 @@ def render_options(spec: gymnasium.envs.registration.EnvSpec, size: int) -> dict
         creator = gymnasium.envs.registration.load_env_creator(creator)
     modes = getattr(creator, "metadata", {}).get("render_modes", ["rgb_array"])
     if "rgb_array" not in modes:
-        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array")
+        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
     options = dict(render_mode="rgb_array")
     if spec.namespace == "dm_control":  # official: small images, the camera that follows
         camera = 2 if "quadruped" in spec.id else 0
         options["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
     return options
+
+
+def render_wrapper(env: gymnasium.Env) -> gymnasium.Env:
+    """The environment seen by its rendered image."""
+    if env.render_mode != "rgb_array":
+        fail(f"{env} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
+    return gymnasium.wrappers.AddRenderObservation(env)
 
 
 def is_image(space: gymnasium.Space) -> bool:
@@ -944,6 +954,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
     free = shutil.disk_usage(run).free / 2**30
     if needed > free:
         fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+
+
+def rows_at_risk(args, step: int, more: int = 0) -> int:
+    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come `more`
+    steps late. An episode has one row more than it has steps."""
+    steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
+    return 2 * steps // args.num_envs + 1
 
 
 class Storage:
@@ -1083,7 +1100,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
         if envs.length.max() >= limit:
-            tqdm.write(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
+            say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in range(num_envs):
                 returns[i].append(envs.ret[i])
                 lengths[i].append(envs.length[i])
@@ -1258,12 +1275,21 @@ def average_ranks(tensors: list[torch.Tensor]) -> None:
 
 
 def gather_ranks(x: torch.Tensor) -> torch.Tensor:
-    """(n,...) of every rank -> (ranks*n,...): statistics of the joint batch, and what all must agree on."""
+    """(n,...) of every rank -> (ranks*n,...): statistics of the joint batch."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+def sum_ranks(counts: list, device: torch.device) -> list[int]:
+    """Sums of small integers over ranks: what all must agree on. A single process asks no device."""
+    total = torch.tensor([int(count) for count in counts])
+    if dist.is_initialized():
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.tolist()
 
 
 def keep_freed_memory() -> None:
@@ -1326,7 +1352,7 @@ def check_positive(args: Args, names: str) -> None:
 
 def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
-    check_positive(args, "total_timesteps num_envs image_size batch_size train_ratio imag_horizon save_every")
+    check_positive(args, "total_timesteps num_envs image_size batch_size train_ratio imag_horizon warmup agc")
     if args.image_size % 16:
         fail("--image-size must be a multiple of 16")
     if args.batch_length < 2:
@@ -1372,6 +1398,14 @@ def read_metrics(metrics: dict[str, torch.Tensor], step: int, run: Path) -> dict
     return values
 
 
+def say(text: str) -> None:
+    """A line on stdout, beside the progress bar where there is one."""
+    if sys.stderr.isatty():
+        tqdm.write(text)
+    else:
+        print(text, flush=True)
+
+
 def log_metrics(writer: SummaryWriter, metrics: dict[str, float], step: int) -> None:
     """One scalar a metric."""
     for name, value in metrics.items():
@@ -1382,7 +1416,7 @@ def log_evaluation(writer: SummaryWriter, results: dict[str, float], step: int) 
     """Results to TensorBoard and as one line."""
     log_metrics(writer, results, step)
     if results:
-        tqdm.write(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
+        say(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
 # ==== end shared ====
 
 
@@ -1392,7 +1426,7 @@ def main(args: Args) -> None:
     saved = load_checkpoint(Path(args.resume)) if args.resume else {}
     step = saved.get("step", 0)  # policy steps over all environments and ranks
     updates = saved.get("updates", 0)
-    debt = saved.get("debt", 1.0)  # updates that are due
+    debt = saved.get("debt", 0.0)  # updates that are due
     life = saved.get("life", -1) + 1  # how often the run was resumed
     if args.num_envs % ranks or args.batch_size % ranks:
         fail(f"--num-envs and --batch-size must be multiples of the {ranks} processes")
@@ -1425,11 +1459,13 @@ def main(args: Args) -> None:
     if saved:
         load_weights(agent, saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        replay.load_state_dict(saved["replay"], lost=2 * args.save_every // args.num_envs + 1)
+        replay.load_state_dict(saved["replay"], lost=rows_at_risk(args, step))
         if rank == 0:
             restore_rng(saved["rng"])
 
     ratio = args.train_ratio / (args.batch_size * args.batch_length)
+    # as many starts of sequences as a batch has steps before the first update (official)
+    starts = min(args.batch_size * args.batch_length, (capacity - args.batch_length) * args.num_envs)
     if rank == 0:
         count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
         print(f"{device}, {args.precision}, {args.size}: {count:,} parameters")
@@ -1465,14 +1501,14 @@ def main(args: Args) -> None:
         replay.add(row | state)
         ended = row["is_last"]
         episodes = list(zip(envs.ret[ended], envs.length[ended]))
-        news = torch.tensor([[(~row["is_first"]).sum(), len(stop)]], device=device)
-        decisions, stopping = gather_ranks(news).sum(0).tolist()  # the same for all ranks
+        decisions, stopping = sum_ranks([(~row["is_first"]).sum(), len(stop)], device)
         before = step
         step += decisions
         row = envs.step(state["action"].cpu().numpy())
 
-        if replay.size * args.num_envs >= args.batch_size * args.batch_length and replay.size > length:
-            debt += args.num_envs * ratio
+        if (replay.size - args.batch_length) * args.num_envs >= starts:
+            # one update at first: the rows before it are not made up for (official)
+            debt += args.num_envs * ratio if updates else 1
             while debt >= 1:
                 metrics = train_step(agent, optimizer, replay, batch_size)
                 updates += 1
@@ -1482,7 +1518,7 @@ def main(args: Args) -> None:
         if rank > 0:
             continue
         for ret, steps in episodes:
-            tqdm.write(f"global_step={step}, episodic_return={ret}")
+            say(f"global_step={step}, episodic_return={ret}")
             log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": steps}, step)
         bar.set_postfix(episodic_return=ret, updates=updates, refresh=False)
         bar.update(step - before)
