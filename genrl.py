@@ -110,7 +110,7 @@ class Args:
     log_every: int = 100  # steps of a phase between metric logs
     # environment
     num_envs: int = 1  # parallel environments (official)
-    action_repeat: int = 0  # environment steps per policy step; 0: 4 on Atari, else 2 (official)
+    action_repeat: int = 0  # environment steps per policy step; 0: 4 on Atari, 2 on dm_control (official), else 1
     sticky_actions: float = 0.25  # Atari: probability that a frame repeats the last action
     # data
     data_dir: str = ""  # folder of episode files in the official format; replaces collection
@@ -1085,10 +1085,10 @@ class Envs:
         self.atari = spec.id.startswith("ALE/")
         options = dict(vectorization_mode="sync", vector_kwargs=dict(autoreset_mode="NextStep"))
         if self.atari:
-            options = dict(
+            options = dict(  # noop_max is exclusive: 0 to 30 no-ops at reset
                 autoreset_mode="NextStep", img_height=210, img_width=160, grayscale=False, stack_num=1,
                 maxpool=True, frameskip=args.action_repeat, repeat_action_probability=args.sticky_actions,
-                noop_max=30, use_fire_reset=False, reward_clipping=False, episodic_life=False,
+                noop_max=31, use_fire_reset=False, reward_clipping=False, episodic_life=False,
                 max_num_frames_per_episode=108_000)
             options.update(atari)
         elif pixels:
@@ -1096,7 +1096,7 @@ class Envs:
         if not self.atari:
             options["wrappers"] = [partial(gymnasium.wrappers.RepeatAction, num_repeats=args.action_repeat)]
             if pixels:
-                options["wrappers"].append(gymnasium.wrappers.AddRenderObservation)
+                options["wrappers"].append(render_wrapper)
         try:
             self.envs = gymnasium.make_vec(spec.id, num_envs, **options)
         except gymnasium.error.DependencyNotInstalled as error:
@@ -1141,12 +1141,14 @@ class Envs:
         unit = action.clip(-1, 1).reshape(-1, *space.shape)
         share = (unit.astype(np.float64) + 1) / 2
         with np.errstate(over="ignore"):
-            width = (space.high - space.low).astype(np.float64)  # infinite also where it overflows
-        low = space.low.astype(np.float64)
+            width = (space.high - space.low).astype(np.float64)
+        bounded = np.isfinite(width)  # it is infinite also where it overflows
+        width = np.where(bounded, width, 0)
+        low = np.where(bounded, space.low, 0).astype(np.float64)
         if np.issubdtype(space.dtype, np.integer):
             native = np.floor(low + share * (width + 1)).clip(low, space.high)  # equal shares
         else:
-            native = np.where(np.isfinite(width), low + share * width, unit.clip(space.low, space.high))
+            native = np.where(bounded, low + share * width, unit.clip(space.low, space.high))
         return native.astype(space.dtype)
 
     def row(self, obs, reward: np.ndarray, **flags: np.ndarray) -> dict[str, np.ndarray]:
@@ -1170,12 +1172,19 @@ def render_options(spec: gymnasium.envs.registration.EnvSpec, size: int) -> dict
         creator = gymnasium.envs.registration.load_env_creator(creator)
     modes = getattr(creator, "metadata", {}).get("render_modes", ["rgb_array"])
     if "rgb_array" not in modes:
-        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array")
+        fail(f"{spec.id} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
     options = dict(render_mode="rgb_array")
     if spec.namespace == "dm_control":  # official: small images, the camera that follows
         camera = 2 if "quadruped" in spec.id else 0
         options["render_kwargs"] = dict(height=size, width=size, camera_id=camera)
     return options
+
+
+def render_wrapper(env: gymnasium.Env) -> gymnasium.Env:
+    """The environment seen by its rendered image."""
+    if env.render_mode != "rgb_array":
+        fail(f"{env} cannot be seen: it has no render_mode rgb_array, and shows no uint8 image (Y,X,C)")
+    return gymnasium.wrappers.AddRenderObservation(env)
 
 
 def is_image(space: gymnasium.Space) -> bool:
@@ -1243,6 +1252,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
     free = shutil.disk_usage(run).free / 2**30
     if needed > free:
         fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+
+
+def rows_at_risk(args, step: int, more: int = 0) -> int:
+    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come `more`
+    steps late. An episode has one row more than it has steps."""
+    steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
+    return 2 * steps // args.num_envs + 1
 
 
 class Storage:
@@ -1423,11 +1439,11 @@ def find_episodes(folder: str, buffer_size: int) -> list[tuple[Path, int, int]]:
                 rows = len(arrays["is_first"])
                 width = arrays["clip_video"].shape[-1] if "clip_video" in arrays else 0
         except Exception as error:  # a damaged file raises anything
-            tqdm.write(f"skipped {path}: {type(error).__name__} {error}")
+            say(f"skipped {path}: {type(error).__name__} {error}")
             skipped += 1
             continue
         if rows < CLIP:
-            tqdm.write(f"skipped {path}: {rows} rows are less than a clip of {CLIP}")
+            say(f"skipped {path}: {rows} rows are less than a clip of {CLIP}")
             skipped += 1
             continue
         found.append((path, rows, width))
@@ -1550,7 +1566,7 @@ def reachable(address: str) -> bool:
 def load_vlm(name: str, device: torch.device):
     """--vlm: a sentence-transformers model, FILE.py:FACTORY, or random."""
     if name == "random":
-        tqdm.write("WARNING: --vlm random knows no language and no images: a prompt means nothing")
+        say("WARNING: --vlm random knows no language and no images: a prompt means nothing")
         return RandomVLM()
     path, _, factory = name.rpartition(":")
     if path.endswith(".py"):
@@ -1611,7 +1627,7 @@ def prompt_text(args: Args) -> str:
     """The prompt in words: of the flag, of the table, or the environment's name."""
     if args.prompt or args.prompt_video or args.prompt_embedding:
         return args.prompt or args.prompt_video or args.prompt_embedding
-    name = re.sub(r".*/|-v\d+$", "", args.env_id).replace("-", " ")
+    name = re.sub(r".*[/:]|-v\d+$", "", args.env_id).replace("-", " ")
     return PROMPTS.get(args.env_id, (name, None, None))[0]
 
 
@@ -1643,7 +1659,7 @@ def report_gap(agent: Agent, replay: Replay, embed: torch.Tensor) -> dict[str, f
     noise = agent.args.align_noise
     trained = (1 - noise) / math.hypot(1 - noise, noise)
     tan = math.sqrt(max(1 - before**2, 0)) / max(before, 1e-3)
-    tqdm.write(
+    say(
         f"prompt: cosine {before:.2f} with the nearest clip of the data, {after:.2f} once aligned; the aligner was "
         f"trained at {trained:.2f}" + (
             f": consider --align-noise {tan / (1 + tan):.2f}" if abs(before - trained) > 0.15 else ""))
@@ -1671,7 +1687,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
         if envs.length.max() >= limit:
-            tqdm.write(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
+            say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in range(num_envs):
                 returns[i].append(envs.ret[i])
                 lengths[i].append(envs.length[i])
@@ -1979,7 +1995,8 @@ def check_args(args: Args) -> None:
     if args.precision == "auto":
         args.precision = "bf16" if gpu else "fp32"
     if not args.action_repeat:
-        args.action_repeat = 4 if args.env_id.startswith(("ALE/", "ale_py:ALE/")) else 2
+        repeats = {"ALE": 4, "dm_control": 2}
+        args.action_repeat = repeats.get(args.env_id.split(":")[-1].split("/")[0], 1)
 
 
 # ==== shared: logging ====
@@ -2014,6 +2031,14 @@ def read_metrics(metrics: dict[str, torch.Tensor], step: int, run: Path) -> dict
     return values
 
 
+def say(text: str) -> None:
+    """A line on stdout, beside the progress bar where there is one."""
+    if sys.stderr.isatty():
+        tqdm.write(text)
+    else:
+        print(text, flush=True)
+
+
 def log_metrics(writer: SummaryWriter, metrics: dict[str, float], step: int) -> None:
     """One scalar a metric."""
     for name, value in metrics.items():
@@ -2024,7 +2049,7 @@ def log_evaluation(writer: SummaryWriter, results: dict[str, float], step: int) 
     """Results to TensorBoard and as one line."""
     log_metrics(writer, results, step)
     if results:
-        tqdm.write(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
+        say(f"evaluation at step {step}: " + ", ".join(f"{k[5:]} {v}" for k, v in results.items()))
 # ==== end shared ====
 
 
@@ -2035,23 +2060,52 @@ def load_data(replay: Replay, episodes: list, shapes: dict, action_dim: int, vlm
         try:
             rows = read_episode(path, shapes, action_dim, vlm, vl_dim)
         except Exception as error:  # a damaged file raises anything
-            tqdm.write(f"skipped {path}: {type(error).__name__} {error}")
+            say(f"skipped {path}: {type(error).__name__} {error}")
             skipped += 1
             continue
         for t in range(len(rows["is_first"])):
             replay.add({name: x[t : t + 1] for name, x in rows.items()})
     if skipped:
-        tqdm.write(f"{skipped} of {len(episodes)} files skipped")
+        say(f"{skipped} of {len(episodes)} files skipped")
 
 
-def embed_replay(replay: Replay, get_vlm, stop: list) -> None:
-    """Embeddings for all episodes that have none; one after the other, so it can be interrupted."""
+def embed_replay(args: Args, replay: Replay, get_vlm, stop: list, folder: Path | None) -> None:
+    """Embeddings for all episodes that have none; one after the other, so it can be interrupted.
+    `folder`: where finished episodes are written as files, if they are."""
     for first, rows, env in tqdm(replay.episodes(), desc="embed", unit="episode"):
         if stop:
-            break
+            return
         episode = replay.episode(first, rows, env)
         if rows >= CLIP and not episode["vl_embed"][-1].any():
             replay.label(first, env, embed_clips(get_vlm(), episode["image"].numpy()))
+    if folder and not folder.exists():
+        for number, place in enumerate(tqdm(replay.finished, desc="write", unit="episode")):
+            write_episode(folder, number, replay.episode(*place), args.vlm)
+
+
+def understand(args: Args, saved: dict, get_vlm) -> tuple[list, int, torch.Tensor, bool]:
+    """Episode files, width of the embeddings, the prompt's embedding, and whether it is another one than before.
+    All that needs the VLM's weights or the user's files comes first: hours later would be too late."""
+    if saved and args.vlm != saved["args"]["vlm"]:
+        fail(f"{args.resume} holds embeddings of --vlm {saved['args']['vlm']}, not of {args.vlm}")
+    files = find_episodes(args.data_dir, args.buffer_size) if args.data_dir and not saved else []
+    widths = {width for _, _, width in files}
+    vl_dim = saved.get("vl_dim") or (widths.pop() if len(widths) == 1 else 0) or get_vlm().dim
+    same = prompt_text(args) == saved.get("prompt")
+    embed = saved["embed"] if same else embed_prompt(args, get_vlm, vl_dim)
+    return files, vl_dim, embed, bool(saved) and not same
+
+
+def resume(saved: dict, new_prompt: bool, agent: Agent, optimizer: Optimizers, replay: Replay, lost: int) -> None:
+    """Everything as it was; for a new prompt with a new actor and critic."""
+    weights = dict(saved["agent"])
+    states = dict(saved["optimizer"])
+    if new_prompt:
+        weights.update({k: v for k, v in agent.state_dict().items() if k.startswith("behaviour")})
+        states.update(actor=optimizer.actor.state_dict(), critic=optimizer.critic.state_dict())
+    load_weights(agent, weights)
+    optimizer.load_state_dict(states)
+    replay.load_state_dict(saved["replay"], lost)
 
 
 def evaluate_prompt(agent: Agent, args: Args, stop: list) -> dict[str, float]:
@@ -2067,8 +2121,8 @@ def main(args: Args) -> None:
     rank, ranks, device = start_ranks(args.device)
     keep_freed_memory()
     saved = load_checkpoint(Path(args.resume)) if args.resume else {}
-    progress = saved.get("progress", dict(collect=0, pretrain=0, policy=0))  # policy steps, updates, updates
-    explored = saved.get("explored", 0)  # updates during collection
+    step = saved.get("step", 0)  # policy steps of collection, over all environments and ranks
+    done = dict(saved.get("done", dict(explore=0, pretrain=0, policy=0)))  # updates of each kind
     life = saved.get("life", -1) + 1  # how often the run was resumed
     if args.num_envs % ranks or args.batch_size % ranks or args.policy_batch_size % ranks:
         fail(f"--num-envs, --batch-size and --policy-batch-size must be multiples of the {ranks} processes")
@@ -2076,22 +2130,13 @@ def main(args: Args) -> None:
     batch_size = args.batch_size // ranks
     policy_batch_size = args.policy_batch_size // ranks
 
-    # ---- language: what is asked for, in the space of the data's embeddings ----
-    get_vlm = cache(partial(load_vlm, args.vlm, device))
-    if saved and args.vlm != saved["args"]["vlm"]:
-        fail(f"{args.resume} holds embeddings of {saved['args']['vlm']}, not of {args.vlm}")
-    data = find_episodes(args.data_dir, args.buffer_size) if args.data_dir and not saved else []
-    widths = {width for _, _, width in data}
-    vl_dim = saved.get("vl_dim") or (widths.pop() if len(widths) == 1 else 0) or get_vlm().dim
-    prompt = prompt_text(args)
-    new_prompt = prompt != saved.get("prompt", prompt)
-    embed = saved["embed"] if saved and not new_prompt else embed_prompt(args, get_vlm, vl_dim)
-    if new_prompt:
-        progress["policy"] = 0
-
-    # ---- environments, agent, optimiser ----
+    # ---- environments, language, agent, optimiser ----
     seed = seed_generators(args.seed, rank, life)
     envs = make_envs(args, num_envs, 0, rank, life)  # after a resume other episodes than before
+    get_vlm = cache(partial(load_vlm, args.vlm, device))
+    files, vl_dim, embed, new_prompt = understand(args, saved, get_vlm)
+    if new_prompt:
+        done["policy"] = 0
     torch.manual_seed(args.seed)  # the same weights on every rank
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args, vl_dim).to(device)
     torch.manual_seed(seed)  # other samples on every rank
@@ -2103,166 +2148,158 @@ def main(args: Args) -> None:
 
     # ---- run directory and replay, as they were where a run is resumed ----
     # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
-    most = [sum(rows for _, rows, _ in data[r::ranks]) for r in range(ranks)]
-    capacity = max(most) if data else min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
+    capacity = min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
+    if files:
+        capacity = max(sum(rows for _, rows, _ in files[r::ranks]) for r in range(ranks))
     capacity = saved.get("capacity", capacity)
+    if capacity < max(args.batch_length, args.policy_batch_length):
+        fail(f"replay of {capacity} rows per environment is shorter than a sequence: --buffer-size, --batch-length")
     run = make_run(args, device)
     held = lock(run) if rank == 0 else None
     specs = replay_specs(envs.shapes, envs.action_dim, vl_dim)
     if not saved:
         check_disk(run, specs, capacity * args.num_envs)
-    replay = Replay(specs, capacity, 1 if args.data_dir else num_envs, run / f"replay{rank}", device, new=not saved)
+    streams = 1 if args.data_dir else num_envs
+    replay = Replay(specs, capacity, streams, run / f"replay{rank}", device, new=not saved)
     if saved:
-        weights = agent.state_dict() | saved["agent"]
-        states = optimizer.state_dict() | saved["optimizer"]
-        if new_prompt:  # a new actor and critic
-            weights |= {k: v for k, v in agent.state_dict().items() if k.startswith("behaviour")}
-            states |= {k: v for k, v in optimizer.state_dict().items() if k in ("actor", "critic")}
-        load_weights(agent, weights)
-        optimizer.load_state_dict(states)
-        replay.load_state_dict(saved["replay"], lost=0 if args.data_dir else 2 * args.save_every // args.num_envs + 1)
+        lost = 0 if args.data_dir else rows_at_risk(args, step)
+        resume(saved, new_prompt, agent, optimizer, replay, lost)
         if rank == 0:
             restore_rng(saved["rng"])
-    if data:
-        load_data(replay, data[rank::ranks], envs.shapes, envs.action_dim, args.vlm, vl_dim)
+    if files:
+        load_data(replay, files[rank::ranks], envs.shapes, envs.action_dim, args.vlm, vl_dim)
 
     if rank == 0:
         count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-        print(f"{device}, {args.precision}: {count:,} parameters; embeddings of {vl_dim} numbers")
-        print(f"1/{args.train_every} updates per policy step of collection, then {args.pretrain_updates} of "
-              f"{args.batch_size} x {args.batch_length} and {args.policy_updates} of "
-              f"{args.policy_batch_size} x {args.policy_batch_length}")
-        print(f"run directory {run}\nprompt: {prompt}")
-        writer = start_log(run, args, sum(progress.values()))
+        print(f"{device}, {args.precision}: {count:,} parameters, embeddings of {vl_dim} numbers")
+        print(f"1/{args.train_every} updates per policy step (batch {args.batch_size} x {args.batch_length}), "
+              f"then {args.pretrain_updates} updates of the world model and {args.policy_updates} of the policy")
+        print(f"run directory {run}\nprompt: {prompt_text(args)}")
+        writer = start_log(run, args, step + done["pretrain"] + done["policy"])
+
+    # ---- what happens now and then, on rank 0 ----
+    def clock() -> int:
+        """Where metrics are drawn: policy steps of collection, then updates."""
+        return step + done["pretrain"] + done["policy"]
 
     def due(every: int, before: int, now: int) -> bool:
         return every > 0 and now // every > before // every
 
+    def log(metrics: dict, bar: tqdm) -> None:
+        values = read_metrics(metrics, clock(), run)
+        values["charts/frames"] = step * args.action_repeat
+        values.update(speeds(bar, bar.n, bar.n - bar.initial))
+        log_metrics(writer, values, clock())
+
     def save() -> None:
         save_checkpoint(
-            run, args, progress=progress, explored=explored, life=life, capacity=capacity, vl_dim=vl_dim,
-            prompt=prompt, embed=embed, agent=agent.state_dict(), optimizer=optimizer.state_dict(),
-            replay=replay.state_dict())
+            run, args, step=step, done=done, updates=sum(done.values()), life=life, capacity=capacity,
+            vl_dim=vl_dim, prompt=prompt_text(args), embed=embed.cpu(), agent=agent.state_dict(),
+            optimizer=optimizer.state_dict(), replay=replay.state_dict())
 
-    def log(metrics: dict, bar: tqdm) -> None:
-        step = sum(progress.values())
-        values = read_metrics(metrics, step, run)
-        values["charts/frames"] = progress["collect"] * args.action_repeat
-        values["charts/SPS" if bar.unit == "step" else "charts/UPS"] = (bar.n - bar.initial) / bar.format_dict["elapsed"]
-        log_metrics(writer, values, step)
-
-    def show(make) -> None:
-        """A video and its numbers."""
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
+    def look(make) -> None:
+        """Save a video and log its numbers, which changes nothing."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             video, results = make()
-        save_gif(video, writer, sum(progress.values()))
-        log_metrics(writer, results, sum(progress.values()))
+        save_gif(video, writer, clock())
+        log_metrics(writer, results, clock())
 
     def score() -> None:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            log_evaluation(writer, evaluate_prompt(agent, args, stop), sum(progress.values()))
+            log_evaluation(writer, evaluate_prompt(agent, args, stop), clock())
 
     # ---- collect: act, store, learn to explore ----
     stop = stop_signals()
     stopping = False
     metrics = {}
     ret = math.nan
-    steps = 0 if args.data_dir else args.total_timesteps
-    bar = progress_bar(replace(args, total_timesteps=steps), progress["collect"], rank)
-    bar.set_description("collect")
+    budget = 0 if args.data_dir else args.total_timesteps
+    bar = progress_bar(replace(args, total_timesteps=budget), step, rank)
     agent.exploring = True
     row = envs.reset()
     state = agent.initial(num_envs)
-    prev_action = state["action"]
     no_label = torch.zeros(num_envs, vl_dim)  # until the clips are embedded
-    while progress["collect"] < steps and not stopping:
-        replay.add(row | {"prev_action": prev_action, "vl_embed": no_label})
-        state = agent.act(row, state) if explored else agent.act_randomly(num_envs)
+    while step < budget and not stopping:
+        replay.add(row | {"prev_action": state["action"], "vl_embed": no_label})
+        state = agent.act(row, state) if done["explore"] else agent.act_randomly(num_envs)
         ended = row["is_last"]
         state["action"][torch.as_tensor(ended)] = 0  # no action follows an episode's end
         episodes = list(zip(envs.ret[ended], envs.length[ended]))
         ready = replay.longest() >= args.batch_length
-        news = torch.tensor([[(~row["is_first"]).sum(), len(stop), ready]], device=device)
-        decisions, stopping, ready = gather_ranks(news).sum(0).tolist()  # the same for all ranks
-        before = progress["collect"]
-        now = progress["collect"] = before + decisions
+        decisions, stopping, ready = sum_ranks([(~row["is_first"]).sum(), len(stop), ready], device)
+        before = step
+        step += decisions
         row = envs.step(state["action"].cpu().numpy())
-        prev_action = state["action"]
 
-        if args.collect_policy == "plan2explore" and now >= args.learning_starts and ready == ranks:
-            if due(args.train_every, before, now) or not explored:
+        if args.collect_policy == "plan2explore" and step >= args.learning_starts and ready == ranks:
+            if due(args.train_every, before, step) or not done["explore"]:
                 metrics = train_explorer(agent, optimizer, replay, batch_size)
-                explored += 1
+                done["explore"] += 1
 
         if rank > 0:
             continue
         for ret, length in episodes:
-            tqdm.write(f"global_step={now}, episodic_return={ret}")
-            log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": length}, now)
-        bar.set_postfix(episodic_return=ret, updates=explored, refresh=False)
-        bar.update(now - before)
-        if metrics and due(args.log_every, before, now):
+            say(f"global_step={step}, episodic_return={ret}")
+            log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": length}, step)
+        bar.set_postfix(episodic_return=ret, updates=done["explore"], refresh=False)
+        bar.update(step - before)
+        if metrics and due(args.log_every, before, step):
             log(metrics, bar)
-        if due(args.save_every, before, now):
+        if due(args.save_every, before, step):
             save()
     bar.close()
     agent.exploring = False
 
-    # ---- embed ----
+    def learn(phase: str, total: int, train, batch_size: int, make) -> None:
+        """Updates of a phase up to `total`; `make()` gives its video."""
+        nonlocal stopping
+        bar = progress_bar(replace(args, total_timesteps=total), done[phase], rank)
+        bar.set_description(phase)
+        bar.unit = "update"
+        while done[phase] < total and not stopping:
+            metrics = train(agent, optimizer, replay, batch_size)
+            (stopping,) = sum_ranks([len(stop)], device)  # the same for all ranks
+            before = done[phase]
+            done[phase] += 1
+            if rank > 0:
+                continue
+            bar.update(1)
+            end = done[phase] == total
+            if end or due(args.log_every, before, done[phase]):
+                log(metrics, bar)
+            if end or due(args.save_every, before, done[phase]):
+                save()
+            first = phase == "policy" and not before  # what the prompt is understood to mean
+            if first or end or due(args.video_every, before, done[phase]):
+                look(make)
+            if phase == "policy" and not end and due(args.eval_every * bool(args.eval_episodes), before, done[phase]):
+                score()
+        bar.close()
+
+    # ---- embed, then pre-train world model and connector ----
     if not stopping:
         needed = max(args.batch_length, args.policy_batch_length)
         if replay.longest() < needed:
             fail(f"no episode has the {needed} rows of --batch-length and --policy-batch-length")
-        embed_replay(replay, get_vlm, stop)
-        if args.write_episodes and not saved and not stop:
-            for number, (first, rows, env) in enumerate(tqdm(replay.finished, desc="write")):
-                write_episode(run / "episodes", number, replay.episode(first, rows, env), args.vlm)
-
-    def learn(name: str, total: int, train, batch_size: int, make) -> None:
-        """A phase of `total` updates; `make()` gives its video."""
-        nonlocal stopping
-        bar = progress_bar(replace(args, total_timesteps=total), progress[name], rank)
-        bar.set_description(name)
-        bar.unit = "update"
-        while progress[name] < total and not stopping:
-            metrics = train(agent, optimizer, replay, batch_size)
-            stopping = bool(gather_ranks(torch.tensor([len(stop)], device=device)).sum())
-            before = progress[name]
-            now = progress[name] = before + 1
-            if rank > 0:
-                continue
-            bar.update(1)
-            if due(args.log_every, before, now) or due(args.save_every, before, now) or now == total:
-                log(metrics, bar)
-            if due(args.save_every, before, now) or now == total or stopping:
-                save()
-            if due(args.video_every, before, now) or now == total or now == 1 and name == "policy":
-                show(make)
-            if name == "policy" and due(args.eval_every, before, now) and args.eval_episodes and now < total:
-                score()
-        bar.close()
-
-    # ---- pre-train world model and connector ----
-    stopping = stopping or bool(stop)
+        embed_replay(args, replay, get_vlm, stop, run / "episodes" if args.write_episodes else None)
+        (stopping,) = sum_ranks([len(stop)], device)
     learn("pretrain", args.pretrain_updates, train_world_model, batch_size, lambda: dream_video(agent, replay))
 
-    # ---- prompt, then learn to do what it says in dreams ----
+    # ---- understand the prompt, then learn in dreams to do what it says ----
     if not stopping:
-        embed = embed.to(device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(args.seed)  # the same target after a resume
-            agent.set_prompt(embed, policy_batch_size * args.policy_batch_length)
-        if rank == 0:
-            log_metrics(writer, report_gap(agent, replay, embed), sum(progress.values()))
+            agent.set_prompt(embed.to(device), policy_batch_size * args.policy_batch_length)
+        if rank == 0 and not done["policy"]:
+            log_metrics(writer, report_gap(agent, replay, embed.to(device)), clock())
     learn("policy", args.policy_updates, train_behaviour, policy_batch_size, lambda: prompt_video(agent, args))
 
     # ---- the end ----
     if rank == 0:
-        if stopping:
-            save()
-        elif args.eval_episodes:  # also after the resume of a run that had ended
+        save()
+        if not stopping and args.eval_episodes:  # also after the resume of a run that had ended
             score()
-        print(f"saved in {run} after {progress}")
+        print(f"saved at step {step} with updates {done} in {run}")
         writer.close()
     if ranks > 1:
         dist.destroy_process_group()

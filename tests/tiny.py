@@ -24,6 +24,10 @@ SMALL = {
         behaviour_starts=6, tokenizer_batch=2, batch_size=2, batch_length=7, vocab_size=8, code_dim=4, channels=4,
         res_blocks=1, layers=1, heads=1, width=8, lstm_units=8, imag_horizon=3, burn_in=2, eval_every=0,
         perceptual_loss="pixel"),
+    "genrl": dict(
+        hidden=16, stoch=4, classes=4, cnn_depth=2, layers=1, batch_size=2, batch_length=8, policy_batch_size=2,
+        policy_batch_length=6, imag_horizon=8, learning_starts=12, train_every=4, pretrain_updates=3, policy_updates=3,
+        vlm="random"),
 }
 DISCRETE_ONLY = {"iris", "twm"}
 VECTORS = {"dreamer_v3", "dllm"}  # learn from vectors; the others from pixels only
