@@ -14,9 +14,10 @@ How the pieces fit (T time, B batch, H imagination, N dreams; time is always axi
     z_0 a_0 r_0 z_1 a_1 r_1 ... z_t a_t --Transformer--> h_t --heads--> p(z_{t+1} | h_t), r_t, g_t
     z_t --actor--> a_t, --critic--> v_t, trained in dreams of the Transformer
 
-h_t = f(z_{t-l:t}, a_{t-l:t}, r_{t-l:t-1}), read at the token of a_t. The discount g_t is 0 or gamma as a target
-and a mean in a dream. New against an RNN: the last l steps are seen as they were; rewards are inputs; the policy
-needs only the encoder; the entropies of z and of the policy have a floor; replay favours what it rarely drew.
+h_t = f(z_{t-l:t}, a_{t-l:t}, r_{t-l:t-1}), read at the token of a_t. The discount g_t is 0 or gamma as a
+target and a mean in a dream. New against an RNN: the last l steps are seen as they were; rewards are inputs;
+the policy needs only the encoder; the entropies of z and of the policy have a floor; replay favours what it
+rarely drew.
 
 Which obs, action and reward share an index. A training sequence is replay moved by one step:
 
@@ -25,14 +26,14 @@ Which obs, action and reward share an index. A training sequence is replay moved
     sequence k     obs_k  action_k | reward_k  is_terminal_k  is_last_k: what the action led to
                    k = 0 is context; losses run on 1..T; obs_{T+1} is only the target of step T
 
-Names: latent z, hidden h, post_logits p(z | o), prior_logits p(z | h), cont the discount g, value v. Paper: phi
-observation model, psi dynamics, theta actor, xi critic. Axes: S groups of K classes (Z = S*K), D width of h,
-L tokens, A actions.
+Names: latent z, hidden h, post_logits p(z | o), prior_logits p(z | h), cont the discount g, value v. Paper:
+phi observation model, psi dynamics, theta actor, xi critic. Axes: S groups of K classes (Z = S*K), D width
+of h, L tokens, A actions.
 
 Differences from the official code: the latent-prediction loss is computed (a wrong key leaves it out there).
-FIRE after a lost life is the next counted step, and no step lies between lives; 0 to 30 no-ops at reset, after
-FIRE; the time limit is per game. The layers start with different weights. A dream keeps keys and values instead
-of layer inputs (same numbers), and takes its restarts from one pool.
+FIRE after a lost life is the next counted step, and no step lies between lives; 0 to 30 no-ops at reset,
+after FIRE; the time limit is per game. The layers start with different weights. A dream keeps keys and values
+instead of layer inputs (same numbers), and takes its restarts from one pool.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -1723,8 +1724,8 @@ def check_positive(args: Args, names: str) -> None:
 
 def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
-    check_positive(args, "total_timesteps num_envs batch_size batch_length imag_batch imag_horizon save_every")
-    check_positive(args, "memory_length train_every frame_stack replay_temperature model_clip ac_clip")
+    check_positive(args, "total_timesteps num_envs batch_size batch_length imag_batch imag_horizon")
+    check_positive(args, "memory_length train_every frame_stack replay_temperature model_clip ac_clip save_every")
     if args.imag_batch > args.batch_size * args.batch_length:
         fail("--imag-batch must be at most --batch-size x --batch-length: dreams start in different states")
     if args.batch_length < 2 or args.width % 2:
