@@ -1,39 +1,39 @@
-"""TWM in one file: a Transformer-XL world model over latents, actions and rewards, a policy that needs only z.
+"""TWM in one file: a Transformer-XL world model over latents, actions and rewards, and a policy on z alone.
 
-Paper  Robine et al., "Transformer-based World Models Are Happy With 100k Interactions", ICLR 2023, arXiv:2303.07109
+Paper  Robine et al., "Transformer-based World Models Are Happy With 100k Interactions", arXiv:2303.07109
 Code   checked against jrobine/twm at e6a8e59: same parameter counts, same losses (tests/golden)
 
-    python twm.py --env-id ALE/Pong-v5     # Atari 100k protocol
-    python twm.py --preset tiny            # everything once, two minutes on a CPU
-    python twm.py --resume auto            # go on after Ctrl-C, a crash or a requeue
-    python twm.py --replay-temperature inf # uniform replay, the paper's ablation
+    python twm.py --env-id ALE/Pong-v5         # Atari 100k protocol
+    python twm.py --preset tiny                # everything once, two minutes on a CPU
+    python twm.py --resume auto                # go on after Ctrl-C, a crash or a requeue
+    python twm.py --replay-temperature inf     # uniform replay, the paper's ablation
 
 How the pieces fit (T time, B batch, H imagination, N dreams; time is always axis 0):
 
-    o_t, a stack of 4 frames --Encoder--> p(z_t | o_t) --sample--> z_t --Decoder--> o_t        (observation model)
-    z_0 a_0 r_0 z_1 a_1 r_1 ... z_t a_t --Transformer--> h_t --heads--> p(z_{t+1} | h_t), r_t, g_t   (dynamics)
+    o_t, a stack of 4 frames --Encoder--> p(z_t | o_t) --sample--> z_t --Decoder--> o_t
+    z_0 a_0 r_0 z_1 a_1 r_1 ... z_t a_t --Transformer--> h_t --heads--> p(z_{t+1} | h_t), r_t, g_t
     z_t --actor--> a_t, --critic--> v_t, trained in dreams of the Transformer
 
-h_t = f(z_{t-l:t}, a_{t-l:t}, r_{t-l:t-1}), read at the token of a_t. The predicted discount g_t is 0 or gamma in
-training (0 after a terminal step), and its mean in a dream. What is new against an RNN: the last l steps are seen
-as they were, not through a state; the reward is an input; the policy reads z alone, so acting needs neither the
-Transformer nor a memory: Encoder and actor are enough.
+h_t = f(z_{t-l:t}, a_{t-l:t}, r_{t-l:t-1}), read at the token of a_t. The discount g_t is 0 or gamma as a
+target and a mean in a dream. New against an RNN: the last l steps are seen as they were; rewards are inputs;
+the policy needs only the encoder; the entropies of z and of the policy have a floor; replay favours what it
+rarely drew.
 
-Which obs, action and reward share an index. A replay row holds what arrived and then the action; a training
-sequence is moved by one step:
+Which obs, action and reward share an index. A training sequence is replay moved by one step:
 
     replay row t   obs_t  reward_t  is_first_t  is_last_t  is_terminal_t | action_t
-    sequence       obs_k  action_k | reward_k  is_terminal_k  is_last_k: what the action led to
-    k              0 lends context; losses run on 1..T; obs_{T+1} is only the target of step T
+                   arrived together, caused by action_{t-1}              | chosen here
+    sequence k     obs_k  action_k | reward_k  is_terminal_k  is_last_k: what the action led to
+                   k = 0 is context; losses run on 1..T; obs_{T+1} is only the target of step T
 
-Names: latent z, hidden h, post_logits p(z | o) of the encoder, prior_logits p(z | h) of the dynamics, cont the
-discount g, value v. Paper: phi observation model, psi dynamics, theta actor, xi critic. Axes: S groups of K classes
-(Z = S*K), D width of h, L tokens, A actions.
+Names: latent z, hidden h, post_logits p(z | o), prior_logits p(z | h), cont the discount g, value v. Paper:
+phi observation model, psi dynamics, theta actor, xi critic. Axes: S groups of K classes (Z = S*K), D width
+of h, L tokens, A actions.
 
-Differences from the official code: its latent-prediction loss is never computed, because of a wrong key; here it
-is. FIRE after a lost life is the next counted step, with no other step between lives; no-ops at reset are 0..30,
-FIRE comes first; the time limit is per game. Layers of the Transformer start with different weights. A dream
-keeps keys and values, not layer inputs (same numbers), and its restarts come from one pool per dream.
+Differences from the official code: the latent-prediction loss is computed (a wrong key leaves it out there).
+FIRE after a lost life is the next counted step, and no step lies between lives; 0 to 30 no-ops at reset,
+after FIRE; the time limit is per game. The layers start with different weights. A dream keeps keys and values
+instead of layer inputs (same numbers), and takes its restarts from one pool.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -81,13 +81,13 @@ from tqdm import tqdm
 class Args:
     # run
     exp_name: str = "twm"  # second part of the run directory's name
-    env_id: str = "ALE/Pong-v5"  # any Gymnasium id with discrete actions, also module:Env-v0; no image: rendered
+    env_id: str = "ALE/Pong-v5"  # any Gymnasium id with discrete actions; what is no image is rendered
     seed: int = 1  # of weights, environments and sampling
     preset: Literal["default", "tiny"] = "default"  # tiny: every phase in two minutes on a CPU
     total_timesteps: int = 100_000  # policy steps; frames = steps x action repeat (official)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: fp32, with TF32 on CUDA (official: fp32)
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of Transformer layers and decoder; auto: on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of layers and decoder; auto: on CUDA
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
     save_every: int = 5_000  # policy steps between checkpoints
@@ -127,9 +127,9 @@ class Args:
     latent_units: int = 512  # width of those of the latent head (official)
     scalar_units: int = 256  # width of those of reward and discount head (official)
     enc_entropy_coef: float = 5.0  # alpha_1, weight of the encoder's entropy (official)
-    enc_entropy_threshold: float = 0.1  # share of the greatest entropy above which it is not trained (official)
+    enc_entropy_threshold: float = 0.1  # share of the greatest entropy that is enough (official)
     consistency_coef: float = 0.01  # alpha_2, encoder towards the dynamics' prediction (official)
-    latent_coef: float = 1.0  # weight of the latent prediction (official configuration)
+    latent_coef: float = 1.0  # weight of the latent prediction (official)
     reward_coef: float = 10.0  # beta_1 (official)
     discount_coef: float = 50.0  # beta_2 (official)
     # behaviour
@@ -139,7 +139,7 @@ class Args:
     lam: float = 0.95  # lambda of the generalised advantage (official)
     end_threshold: float = 0.1  # a dream ends where its cumulative discount falls below this (official)
     ent_coef: float = 0.01  # eta, weight of the policy's entropy (official)
-    ent_threshold: float = 0.1  # Gamma, share of the greatest entropy above which it is not trained (official)
+    ent_threshold: float = 0.1  # Gamma, share of the greatest entropy that is enough (official)
     ac_layers: int = 4  # hidden layers of actor and critic (official)
     ac_units: int = 512  # width of those (official)
     # optimiser
@@ -155,10 +155,11 @@ PRESETS = {
     "default": {},
     "tiny": dict(
         total_timesteps=600, learning_starts=300, pretrain_observation=1_600, pretrain_dynamics=1_600,
-        pretrain_behaviour=1_600, train_every=8.0, batch_size=8, batch_length=8, latents=8, classes=8, cnn_depth=8,
-        encoder_units=64, memory_length=8, layers=2, width=64, heads=2, head_dim=32, ff_units=128, head_layers=2,
-        latent_units=64, scalar_units=64, imag_batch=32, imag_horizon=5, ac_layers=2, ac_units=64, model_lr=1e-3,
-        actor_lr=3e-4, critic_lr=3e-4, save_every=300, eval_every=0, video_every=0, log_every=100, eval_episodes=1),
+        pretrain_behaviour=1_600, train_every=8.0, batch_size=8, batch_length=8, latents=8, classes=8,
+        cnn_depth=8, encoder_units=64, memory_length=8, layers=2, width=64, heads=2, head_dim=32, ff_units=128,
+        head_layers=2, latent_units=64, scalar_units=64, imag_batch=32, imag_horizon=5, ac_layers=2, ac_units=64,
+        model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, save_every=300, eval_every=0, video_every=0, log_every=100,
+        eval_episodes=1),
 }
 
 
@@ -209,7 +210,8 @@ def entropy(log_probs: torch.Tensor) -> torch.Tensor:
 
 
 def cross_entropy(probs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """H(p, q) = -sum_k p_k log q_k in nats, summed over the groups S: p (...,S,K), logits of q (...,S,K) -> (...)."""
+    """H(p, q) = -sum_k p_k log q_k in nats, summed over the groups S: p (...,S,K), logits of q (...,S,K) ->
+    (...)."""
     return -(probs * float32(logits).log_softmax(-1)).sum((-2, -1))
 
 
@@ -226,9 +228,10 @@ def entropy_hinge(share: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 def to_discount(is_terminal: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Target of the discount head: gamma, or 0 after a terminal step; a time limit keeps gamma. With this soft label
-    the cross entropy is least at sigmoid(logit) = gamma (1 - p(terminal)). A dream uses that mean as it is, neither
-    rounded nor sampled. DreamerV2 predicts its discount so too; DreamerV3 a flag, times a constant gamma."""
+    """Target of the discount head: gamma, or 0 after a terminal step; a time limit keeps gamma. With this
+    soft label the cross entropy is least at sigmoid(logit) = gamma (1 - p(terminal)). A dream uses that mean
+    as it is, neither rounded nor sampled. DreamerV2 predicts its discount so too; DreamerV3 a flag, times a
+    constant gamma."""
     return gamma * (~is_terminal)
 
 
@@ -245,16 +248,17 @@ def gae(reward: torch.Tensor, cont: torch.Tensor, value: torch.Tensor, lam: floa
 
 
 def visit_logits(visits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Balanced sampling: p = softmax(-v / tau). v counts how often a step was drawn as the START of a sequence; the
-    other steps of that sequence are not counted, nor are draws of the pre-training."""
+    """Balanced sampling: p = softmax(-v / tau). v counts how often a step was drawn as the START of a
+    sequence; the other steps of that sequence are not counted, nor are draws of the pre-training."""
     return -visits / temperature
 
 
 def first_visible(begin: torch.Tensor, memory: int, step: int = 0) -> torch.Tensor:
-    """The first token that each token sees. begin (B,T): the step at which the episode of step t began, for steps
-    step..step+T-1 -> (B,3*T). Token 3t is z_t, 3t+1 a_t, 3t+2 r_t. Within `memory` steps (official):
+    """The first token that each token sees. begin (B,T): the step at which the episode of step t began, for
+    steps step..step+T-1 -> (B,3*T). Token 3t is z_t, 3t+1 a_t, 3t+2 r_t. Within `memory` steps (official):
     z_t and a_t see 3 (memory + 1) tokens before them, r_t those from z_{t-memory} on.
-    r_t still belongs to the episode of step t, z_{t+1} to the next one: no token sees over an episode's end."""
+    r_t still belongs to the episode of step t, z_{t+1} to the next one: no token sees over an episode's
+    end."""
     steps = step + torch.arange(begin.shape[1], device=begin.device)
     oldest = 3 * (steps - memory)
     window = torch.stack([oldest - 3, oldest - 2, oldest], -1)  # (T,3)
@@ -262,8 +266,9 @@ def first_visible(begin: torch.Tensor, memory: int, step: int = 0) -> torch.Tens
 
 
 def relative_shift(x: torch.Tensor) -> torch.Tensor:
-    """(...,Q,L) by distance L-1..0 -> (...,Q,L) by key 0..L-1, for the last Q of L tokens: entry (i, j) becomes the
-    one of distance i - j. Entries with j after i are meaningless. Appendix B (arXiv:1901.02860)."""
+    """(...,Q,L) by distance L-1..0 -> (...,Q,L) by key 0..L-1, for the last Q of L tokens: entry (i, j)
+    becomes the one of distance i - j. Entries with j after i are meaningless. Appendix B
+    (arXiv:1901.02860)."""
     queries, length = x.shape[-2:]
     x = F.pad(x, (1, 0)).flatten(-2)
     return x[..., queries:].unflatten(-1, (queries, length))
@@ -314,8 +319,9 @@ def deconvolve_pixel(x: torch.Tensor, conv: nn.ConvTranspose2d) -> torch.Tensor:
 
 
 class Encoder(nn.Module):
-    """Images (...,64,64,C) in [0,1] -> logits of p(z | o), (...,S,K). C counts the channels of the whole stack, so
-    that z has one shape, stack or not: 4 x [4x4 convolution of stride 2, SiLU], two hidden layers."""
+    """Images (...,64,64,C) in [0,1] -> logits of p(z | o), (...,S,K). C counts the channels of the whole
+    stack, so that z has one shape, stack or not: 4 x [4x4 convolution of stride 2, SiLU], two hidden
+    layers."""
 
     def __init__(self, channels: int, args: Args):
         super().__init__()
@@ -374,8 +380,9 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
     def forward(self, x, sinusoids, u, v, visible, cache=None) -> torch.Tensor:
-        """x (B,Q,D), the last Q of L tokens -> (B,Q,D). sinusoids (L,D) of distances L-1..0; u, v (heads,1,d);
-        visible (B,1,Q,L). `cache` (2,B,heads,L,d) holds keys and values of the tokens before, and takes those of x."""
+        """x (B,Q,D), the last Q of L tokens -> (B,Q,D). sinusoids (L,D) of distances L-1..0; u, v
+        (heads,1,d); visible (B,1,Q,L). `cache` (2,B,heads,L,d) holds keys and values of the tokens before,
+        and takes those of x."""
         query, key, value = [self.split(part) for part in self.qkv(x).chunk(3, -1)]
         if cache is not None:
             cache[0, :, :, -x.shape[1] :] = key
@@ -420,14 +427,15 @@ class Transformer(nn.Module):
         nn.init.xavier_uniform_(self.v)
         self.dropout = nn.Dropout(args.dropout)
         distance = torch.arange(3 * (args.memory_length + 1) + 2, dtype=torch.float32)
-        rate = torch.exp(torch.arange(0, args.width, 2, dtype=torch.float32) * (-math.log(10_000) / args.width))
-        angle = distance[:, None] * rate
-        self.register_buffer("sinusoids", torch.stack([angle.sin(), angle.cos()], -1).flatten(1), persistent=False)
+        pair = torch.arange(0, args.width, 2, dtype=torch.float32)
+        angle = distance[:, None] * torch.exp(pair * (-math.log(10_000) / args.width))
+        sinusoids = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+        self.register_buffer("sinusoids", sinusoids, persistent=False)
 
     def forward(self, x: torch.Tensor, first: torch.Tensor, start: int = 0, cache=None) -> torch.Tensor:
         """Tokens start..start+Q-1, (B,Q,D), and their first visible ones (B,Q) -> (B,Q,D). `cache`
-        (layers,2,B,heads,L,d) holds the tokens before `start`, as keys and values of each layer: those are linear
-        in the layer's inputs, so that they are as exact as the paper's memory of inputs."""
+        (layers,2,B,heads,L,d) holds the tokens before `start`, as keys and values of each layer: those are
+        linear in the layer's inputs, so that they are as exact as the paper's memory of inputs."""
         length = start + x.shape[1]
         key = torch.arange(length, device=x.device)
         query = key[start:, None]
@@ -453,10 +461,13 @@ class Dynamics(nn.Module):
         self.in_action = nn.Embedding(action_dim, args.width)  # no activation (official)
         self.in_reward = init(nn.Linear(1, args.width), math.sqrt(2))
         self.transformer = Transformer(args)
-        self.latent = mlp(args.width, args.latent_units, args.head_layers, nn.Linear(args.latent_units, latent), args.dropout)
-        self.reward = mlp(args.width, args.scalar_units, args.head_layers, Float32Linear(args.scalar_units, 1), args.dropout)
-        self.cont = mlp(args.width, args.scalar_units, args.head_layers, Float32Linear(args.scalar_units, 1), args.dropout)
+        self.latent = self.head(args.latent_units, nn.Linear(args.latent_units, latent))
+        self.reward = self.head(args.scalar_units, Float32Linear(args.scalar_units, 1))
+        self.cont = self.head(args.scalar_units, Float32Linear(args.scalar_units, 1))
         nn.init.constant_(self.cont[-1].bias, args.gamma)  # a logit: sigmoid(0.99) = 0.729 (official)
+
+    def head(self, units: int, output: nn.Module) -> nn.Sequential:
+        return mlp(self.args.width, units, self.args.head_layers, output, self.args.dropout)
 
     def tokens(self, latent: torch.Tensor, action: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
         """z (T,B,Z), a (T,B) index, r (T,B) -> tokens (B,3*T,D) in the order z, a, r of each step."""
@@ -483,8 +494,9 @@ class Dynamics(nn.Module):
         return torch.zeros(shape, device=self.in_latent.weight.device, dtype=self.in_latent.weight.dtype)
 
     def step(self, cache, step: int, latent, action, reward=None, begin=None) -> torch.Tensor:
-        """h (B,D) of step `step`, whose z (B,Z) and a (B,) are appended to the cache, after the r (B,) of the step
-        before. begin (2,B): the steps at which the episodes of the step before and of this one began."""
+        """h (B,D) of step `step`, whose z (B,Z) and a (B,) are appended to the cache, after the r (B,) of
+        the step before. begin (2,B): the steps at which the episodes of the step before and of this one
+        began."""
         if step == 0:
             tokens = self.tokens(latent[None], action[None], torch.zeros_like(action[None]))[:, :2]
             first = torch.zeros(len(latent), 2, dtype=torch.long, device=latent.device)
@@ -494,14 +506,16 @@ class Dynamics(nn.Module):
         return self.transformer(tokens, first, 3 * step - 1, cache)[:, -1]
 
     def heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """h (...,D) -> logits of the next z (...,S,K), mean of the reward (...), logit of the discount (...)."""
+        """h (...,D) -> logits of the next z (...,S,K), mean of the reward (...), logit of the discount
+        (...)."""
         x = F.silu(hidden)  # a LayerNorm comes before it (official)
         latent = self.latent(x).unflatten(-1, (self.args.latents, self.args.classes))
         return latent, self.reward(x)[..., 0], self.cont(x)[..., 0]
 
 
 class WorldModel(nn.Module):
-    """Observation model phi (encoder, decoder) and dynamics psi, each with a loss and an optimiser of its own."""
+    """Observation model phi (encoder, decoder) and dynamics psi, each with a loss and an optimiser of its
+    own."""
 
     def __init__(self, shapes: dict, action_dim: int, args: Args):
         super().__init__()
@@ -515,29 +529,33 @@ class WorldModel(nn.Module):
         return [*self.encoder.parameters(), *self.decoder.parameters()]
 
     def decoder_loss(self, recon: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
-        """-ln p(o | z), summed over the pixels of all frames, mean over (T,B). Trap: a mean over pixels would leave
-        the other terms to decide what z is."""
+        """-ln p(o | z), summed over the pixels of all frames, mean over (T,B). Trap: a mean over pixels
+        would leave the other terms to decide what z is."""
         return normal_nll(recon, obs).flatten(2).sum(-1).mean()
 
     def entropy_loss(self, post_logits: torch.Tensor) -> torch.Tensor:
-        """alpha_1 max(0, 0.1 - H): the encoder keeps a tenth of the greatest entropy, in the mean of the batch."""
+        """alpha_1 max(0, 0.1 - H): the encoder keeps a tenth of the greatest entropy, in the mean of the
+        batch."""
         bits = entropy(float32(post_logits).log_softmax(-1))
         share = bits.mean() / math.log(self.args.classes)
         return self.args.enc_entropy_coef * entropy_hinge(share, self.args.enc_entropy_threshold)
 
     def consistency_loss(self, post_logits: torch.Tensor, prior_logits: torch.Tensor) -> torch.Tensor:
-        """alpha_2 H(p(z | h), p(z | o)): the encoder stays near what the dynamics predicted. The prediction is only a
-        target here, so the gradient is alpha_2 (p(z | o) - p(z | h)). Code; the paper prints H with its arguments
-        the other way round."""
+        """alpha_2 H(p(z | h), p(z | o)): the encoder stays near what the dynamics predicted. The prediction
+        is only a target here, so the gradient is alpha_2 (p(z | o) - p(z | h)). Code; the paper prints H
+        with its arguments the other way round."""
         target = float32(prior_logits.detach()).softmax(-1)
         return self.args.consistency_coef * cross_entropy(target, post_logits).mean()
 
     def dynamics_losses(self, predicted: tuple, target_logits, reward, is_terminal, is_last) -> dict:
-        """Predictions of steps 1..T (T,B,...), the encoder's logits of o_2..o_{T+1}, and what steps 1..T led to."""
+        """Predictions of steps 1..T (T,B,...), the encoder's logits of o_2..o_{T+1}, and what steps 1..T led
+        to."""
         prior_logits, reward_mean, cont_logit = predicted
-        # the encoder's whole distribution is the target, not its sample, and is not trained by its own prediction
+        # the encoder's whole distribution is the target, not its sample, and is not trained by its own
+        # prediction
         target = float32(target_logits.detach()).softmax(-1)
-        # what follows an end is another episode: nothing to predict. Reward and discount of the end itself count
+        # what follows an end is another episode: nothing to predict. Reward and discount of the end itself
+        # count
         weight = (~is_last).to(target.dtype)
         count = gather_ranks(weight.sum()[None]).mean()  # of the joint batch
         # trap: the official code skips this term by a wrong key, so that its latent head is never trained
@@ -555,12 +573,15 @@ class WorldModel(nn.Module):
         """Images (T,B,Y,X,C) -> losses without consistency, logits (T,B,S,K), straight-through z (T,B,Z)."""
         post_logits = self.encoder(obs)
         latent = sample_latent(post_logits)
-        losses = {"recon": self.decoder_loss(self.decoder(latent), obs), "entropy": self.entropy_loss(post_logits)}
+        losses = {
+            "recon": self.decoder_loss(self.decoder(latent), obs),
+            "entropy": self.entropy_loss(post_logits),
+        }
         return losses, post_logits, latent
 
     def loss(self, obs, action, reward, is_terminal, is_last) -> tuple[dict, dict, torch.Tensor, dict]:
-        """obs (T+2,B,Y,X,C) in [0,1], the others (T+1,B) -> losses of phi, losses of psi, z (T+1,B,Z), metrics.
-        Step 0 is context: it is seen, and its prediction is used, but it has no loss of its own."""
+        """obs (T+2,B,Y,X,C) in [0,1], the others (T+1,B) -> losses of phi, losses of psi, z (T+1,B,Z),
+        metrics. Step 0 is context: it is seen, and its prediction is used, but it has no loss of its own."""
         with torch.no_grad():  # of context and last observation only z and the logits are needed
             edge_logits = self.encoder(obs[[0, -1]])
             context = sample_latent(edge_logits[:1])
@@ -594,8 +615,9 @@ class Behaviour(nn.Module):
         self.args = args
         self.action_dim = action_dim
         latent = args.latents * args.classes
-        self.actor = orthogonal_mlp(latent, args.ac_units, args.ac_layers, nn.Linear(args.ac_units, action_dim))
-        self.critic = orthogonal_mlp(latent, args.ac_units, args.ac_layers, Float32Linear(args.ac_units, 1))
+        units = args.ac_units
+        self.actor = orthogonal_mlp(latent, units, args.ac_layers, nn.Linear(units, action_dim))
+        self.critic = orthogonal_mlp(latent, units, args.ac_layers, Float32Linear(units, 1))
 
     def value(self, latent: torch.Tensor) -> torch.Tensor:
         """z (...,Z) -> v (...)."""
@@ -603,10 +625,10 @@ class Behaviour(nn.Module):
 
     @torch.no_grad()  # Reinforce needs no gradient through the dream
     def imagine(self, world: WorldModel, start: dict, restart: torch.Tensor) -> dict:
-        """Roll the policy out. start: context z_{-1}, a_{-1}, r_{-1}, is_last_{-1} (N,...), and z_0, one step of a
-        training sequence; restart (N,Z): latents of any replayed observations. -> latent (H+1,N,Z) and hidden,
-        action, reward, cont, end, weight (H,N,...). The policy sees samples here, in the environment the mode of z.
-        The caller sets eval mode: no dropout."""
+        """Roll the policy out. start: context z_{-1}, a_{-1}, r_{-1}, is_last_{-1} (N,...), and z_0, one
+        step of a training sequence; restart (N,Z): latents of any replayed observations. -> latent (H+1,N,Z)
+        and hidden, action, reward, cont, end, weight (H,N,...). The policy sees samples here, in the
+        environment the mode of z. The caller sets eval mode: no dropout."""
         args = self.args
         horizon = args.imag_horizon
         dynamics = world.dynamics
@@ -624,13 +646,15 @@ class Behaviour(nn.Module):
             hidden = dynamics.step(cache, t, latent, action, reward, begin)
             prior_logits, reward, cont_logit = dynamics.heads(hidden)
             cont = float32(cont_logit).sigmoid()
-            # where the cumulative discount is low the imagined episode has ended: go on from a replayed observation.
-            # Always computed, never asked for: no host reads. A roll, so that a second restart is another one
+            # where the cumulative discount is low the imagined episode has ended: go on from a replayed
+            # observation. Always computed, never asked for: no host reads. A roll, so that a second restart
+            # is another one
             cumulative = weight * cont
             end = cumulative < args.end_threshold
             next_latent = torch.where(end[:, None], restart.roll(t, 0), sample_latent(prior_logits))
             steps.append(dict(
-                latent=latent, hidden=hidden, action=action, reward=reward, cont=cont, end=end, weight=weight))
+                latent=latent, hidden=hidden, action=action, reward=reward, cont=cont, end=end,
+                weight=weight))
             latent = next_latent
             weight = torch.where(end, 1.0, cumulative)
             begun = now_begun
@@ -641,19 +665,20 @@ class Behaviour(nn.Module):
 
     @torch.no_grad()
     def targets(self, latent, reward, cont, end) -> tuple[torch.Tensor, torch.Tensor]:
-        """latent (H+1,N,Z), the others (H,N) -> advantages and returns (H,N), with the critic as it is. The reward of
-        an end counts, what follows does not."""
+        """latent (H+1,N,Z), the others (H,N) -> advantages and returns (H,N), with the critic as it is. The
+        reward of an end counts, what follows does not."""
         value = self.value(latent)
         advantage = gae(reward, cont * ~end, value, self.args.lam)
         return advantage, advantage + value[:-1]
 
     def critic_loss(self, value, ret, weight) -> torch.Tensor:
-        """Values, returns and weights (H,N) -> a scalar: -ln N(G; v, 1), less where the dream has ended before."""
+        """Values, returns and weights (H,N) -> a scalar: -ln N(G; v, 1), less where the dream has ended
+        before."""
         return (weight * normal_nll(value, ret)).mean()
 
     def actor_loss(self, logits, action, advantage, weight) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (H,N,A), the others (H,N) -> Reinforce with the entropy hinge, and the entropy's share of ln A.
-        Gamma keeps the policy from becoming deterministic; above it, nothing pushes it to chance."""
+        """Logits (H,N,A), the others (H,N) -> Reinforce with the entropy hinge, and the entropy's share of
+        ln A. Gamma keeps the policy from becoming deterministic; above it, nothing pushes it to chance."""
         log_probs = float32(logits).log_softmax(-1)
         log_prob = log_probs.gather(-1, action[..., None])[..., 0]
         share = (weight * entropy(log_probs)).mean() / math.log(self.action_dim)
@@ -779,8 +804,8 @@ class Agent(nn.Module):
         }
 
     def push(self, row: dict, state: dict) -> torch.Tensor:
-        """Row (N,...) -> stack (N,Y,X,frames*C), oldest frame first. An episode begins with equal frames, also after a
-        lost life."""
+        """Row (N,...) -> stack (N,Y,X,frames*C), oldest frame first. An episode begins with equal frames,
+        also after a lost life."""
         frame = torch.as_tensor(row["image"], device=self.device)
         begins = torch.as_tensor(row["is_first"] | row["is_last"], device=self.device)
         moved = torch.cat([state["stack"][..., frame.shape[-1] :], frame], -1)
@@ -788,8 +813,9 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, row: dict, state: dict) -> dict:
-        """Row (N,...) and state -> new {stack, action}: the mode of z, a sampled action, in evaluation too (official).
-        The Transformer is not asked: the encoder has o_t, and z_t is all that the policy saw in its dreams."""
+        """Row (N,...) and state -> new {stack, action}: the mode of z, a sampled action, in evaluation too
+        (official). The Transformer is not asked: the encoder has o_t, and z_t is all that the policy saw in
+        its dreams."""
         stack = self.push(row, state)
         with self.autocast():
             latent = mode_latent(self.world.encoder(stack / 255))
@@ -808,7 +834,7 @@ class Agent(nn.Module):
         return F.one_hot(index, self.action_dim).to(torch.get_default_dtype())
 
 
-def train_world_model(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> tuple[dict, dict]:
+def train_world_model(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> tuple:
     """One step of psi, then of phi, on one batch -> states where dreams can start (T*B,...), metrics."""
     world = agent.world
     rows = agent.prepare(replay.sample(batch_size, agent.args.batch_length))
@@ -824,8 +850,9 @@ def train_world_model(agent: Agent, optimizer: Optimizers, replay: Replay, batch
 
 
 def dream_starts(latent: torch.Tensor, rows: dict) -> dict:
-    """z (T+1,B,Z) and fields (T+1,B) -> for each of T*B pairs of steps, the first as context. The z are those of the
-    training batch: samples of the encoder before its step, so dreams start where replay looks."""
+    """z (T+1,B,Z) and fields (T+1,B) -> for each of T*B pairs of steps, the first as context. The z are
+    those of the training batch: samples of the encoder before its step, so dreams start where replay
+    looks."""
     return {
         "context": latent[:-1].flatten(0, 1),
         "latent": latent[1:].flatten(0, 1),
@@ -835,9 +862,9 @@ def dream_starts(latent: torch.Tensor, rows: dict) -> dict:
     }
 
 
-def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, start: dict, imag_batch: int) -> dict:
-    """Dreams from `imag_batch` of the start states, without replacement; one step of the critic, one of the actor
-    -> metrics."""
+def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, start: dict, imag_batch: int):
+    """Dreams from `imag_batch` of the start states, without replacement; one step of the critic, one of the
+    actor -> metrics."""
     chosen = torch.randperm(len(start["reward"]), device=agent.device)[:imag_batch]
     start = {k: v[chosen] for k, v in start.items()}
     images = replay.sample_images(imag_batch).to(agent.device, non_blocking=True)
@@ -853,8 +880,8 @@ def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, start: 
 
 
 def train_step(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
-    """One update of everything: world model, then actor and critic in dreams of it -> metrics. Fixed shapes and no
-    host reads."""
+    """One update of everything: world model, then actor and critic in dreams of it -> metrics. Fixed shapes
+    and no host reads."""
     start, metrics = train_world_model(agent, optimizer, replay, batch_size)
     imag_batch = agent.args.imag_batch * batch_size // agent.args.batch_size  # of this rank
     metrics.update(train_behaviour(agent, optimizer, replay, start, imag_batch))
@@ -862,7 +889,8 @@ def train_step(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: 
 
 
 def updates_due(credit: float, train_every: float) -> tuple[int, float]:
-    """Policy steps that are not paid for yet -> updates, and what remains. 95,000 steps at 0.76 give 124,999."""
+    """Policy steps that are not paid for yet -> updates, and what remains. 95,000 steps at 0.76 give
+    124,999."""
     count = 0
     while credit >= train_every:
         credit -= train_every
@@ -871,7 +899,7 @@ def updates_due(credit: float, train_every: float) -> tuple[int, float]:
 
 
 # ---- pre-training, on the random steps; nothing of it counts as a visit ----
-def pretrain_observation(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> tuple[dict, int]:
+def pretrain_observation(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> tuple:
     """The observation model alone, without consistency, on a batch of images -> metrics, images."""
     images = replay.next_images(batch_size * agent.args.batch_length).to(agent.device)
     with agent.autocast():
@@ -881,15 +909,17 @@ def pretrain_observation(agent: Agent, optimizer: Optimizers, replay: Replay, ba
     return metrics, len(images)
 
 
-def pretrain_dynamics(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> tuple[dict, int]:
-    """The dynamics alone; z is sampled anew from the logits that replay keeps, as the encoder stays as it is."""
+def pretrain_dynamics(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> tuple:
+    """The dynamics alone; z is sampled anew from the logits that replay keeps, as the encoder stays as it
+    is."""
     length = agent.args.batch_length
     rows, logits = replay.next_sequences(batch_size, length)
     rows = agent.prepare(rows)
     world = agent.world
     world.train()
     with agent.autocast():
-        hidden = world.dynamics(sample_latent(logits[:-1]), **{k: rows[k] for k in ("action", "reward", "is_last")})
+        latent = sample_latent(logits[:-1])
+        hidden = world.dynamics(latent, rows["action"], rows["reward"], rows["is_last"])
         predicted = [part[1:] for part in world.dynamics.heads(hidden)]
         outcome = [rows[k][1:] for k in ("reward", "is_terminal", "is_last")]
         losses = world.dynamics_losses(predicted, logits[2:], *outcome)
@@ -899,8 +929,9 @@ def pretrain_dynamics(agent: Agent, optimizer: Optimizers, replay: Replay, batch
     return metrics, rows["reward"][1:].numel()
 
 
-def pretrain_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> tuple[dict, int]:
-    """Critic on the random policy's real returns; the actor only towards chance, without threshold (official)."""
+def pretrain_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> tuple:
+    """Critic on the random policy's real returns; the actor only towards chance, without threshold
+    (official)."""
     args = agent.args
     behaviour = agent.behaviour
     imag_batch = args.imag_batch * batch_size // args.batch_size
@@ -1104,9 +1135,9 @@ def shows_image(env_id: str) -> bool:
 
 
 class LifeEnvs(Envs):
-    """Atari. With `life_loss` a lost life ends an episode of replay: the row is_last and is_terminal, the game goes
-    on, as do `ret` and `length`; `last` is true only where the game is over. In a game with FIRE, `fire` in the row
-    asks for it after a lost life, as the game would stand still."""
+    """Atari. With `life_loss` a lost life ends an episode of replay: the row is_last and is_terminal, the
+    game goes on, as do `ret` and `length`; `last` is true only where the game is over. In a game with FIRE,
+    `fire` in the row asks for it after a lost life, as the game would stand still."""
 
     def __init__(self, *args, life_loss: bool, **options):
         super().__init__(*args, **options)
@@ -1135,7 +1166,8 @@ class LifeEnvs(Envs):
 
 
 def make_envs(args: Args, num_envs: int, *key: int) -> Envs:
-    """Anything with `reset`, `step`, `shapes`, `action_dim`, `discrete`, `ret`, `length` and `last` will do."""
+    """Anything with `reset`, `step`, `shapes`, `action_dim`, `discrete`, `ret`, `length` and `last` will
+    do."""
     seeds = make_seeds(num_envs, args.seed, *key)
     evaluation = key[0] == 1  # whole games, without no-ops (official)
     if find_spec(args.env_id).id.startswith("ALE/"):
@@ -1238,9 +1270,10 @@ class Storage:
 
 class Replay(Storage):
     """One endless line of policy steps for each environment, drawn from in proportion to exp(-visits / tau).
-    The last observation of a game is no step: it is thrown away, and the next one in line is the first of the next
-    game (official). `line` (N,capacity): the row of each step, `count` (N): steps in line. Of the newest step only
-    the observation is known yet. Frames are stored once; stacks are put together when they are drawn."""
+    The last observation of a game is no step: it is thrown away, and the next one in line is the first of
+    the next game (official). `line` (N,capacity): the row of each step, `count` (N): steps in line. Of the
+    newest step only the observation is known yet. Frames are stored once; stacks are put together when they
+    are drawn."""
 
     def __init__(self, *args, frames: int, temperature: float, **options):
         super().__init__(*args, **options)
@@ -1276,7 +1309,8 @@ class Replay(Storage):
         return all(sum(self.starts(length)) >= batch_size for length in lengths)
 
     def stacks(self, env: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """Observations (...,Y,X,frames*C) of steps in line (...): frames of before an episode repeat its first."""
+        """Observations (...,Y,X,frames*C) of steps in line (...): frames of before an episode repeat its
+        first."""
         rows = self.line[env, step]
         age = self.data["age"][rows, env].long()
         back = torch.arange(self.frames - 1, -1, -1, device=self.device)
@@ -1285,8 +1319,8 @@ class Replay(Storage):
         return images.movedim(-4, -2).flatten(-2)
 
     def sequences(self, env: torch.Tensor, start: torch.Tensor, length: int) -> tuple[torch.Tensor, dict]:
-        """Starts (B,) -> steps start-1..start+length in line, (length+2,B), and what all but the last led to. Before
-        the first step of all it is repeated, with action 0 and reward 0 (official)."""
+        """Starts (B,) -> steps start-1..start+length in line, (length+2,B), and what all but the last led
+        to. Before the first step of all it is repeated, with action 0 and reward 0 (official)."""
         step = start - 1 + torch.arange(length + 2, device=self.device)[:, None]
         known = step[:-1] >= 0
         step = step.clamp(min=0)
@@ -1304,8 +1338,9 @@ class Replay(Storage):
         }
 
     def sample(self, batch_size: int, length: int) -> dict:
-        """Balanced sampling without replacement -> image (length+2,B,Y,X,frames*C), other fields (length+1,B). The
-        largest of logits + Gumbel noise are a draw without replacement, without host reads."""
+        """Balanced sampling without replacement -> image (length+2,B,Y,X,frames*C), other fields
+        (length+1,B). The largest of logits + Gumbel noise are a draw without replacement, without host
+        reads."""
         starts = torch.tensor(self.starts(length), device=self.device)
         size = max(self.starts(length))
         logits = visit_logits(self.visits[:, :size], self.temperature)
@@ -1346,12 +1381,13 @@ class Replay(Storage):
         return self.stacks(*self.take(count))
 
     def next_sequences(self, count: int, length: int) -> tuple[dict, torch.Tensor]:
-        """Fields (length+1,count or less) and logits (length+2,count or less,S,K) of an epoch over sequences that do not
-        overlap, from a random phase on."""
+        """Fields (length+1,count or less) and logits (length+2,count or less,S,K) of an epoch over sequences
+        that do not overlap, from a random phase on."""
         if self.queue is None:
             sizes = self.starts(length)
             phase = int(torch.randint(min(length, max(sizes)), ()))
-            self.next_epoch([torch.arange(phase, max(size, phase), length, device=self.device) for size in sizes])
+            ends = [max(size, phase) for size in sizes]
+            self.next_epoch([torch.arange(phase, end, length, device=self.device) for end in ends])
         env, start = self.take(count)
         step, batch = self.sequences(env, start, length)
         return batch, self.logits[env.to(self.logits.device), step.to(self.logits.device)]
@@ -1362,9 +1398,12 @@ class Replay(Storage):
         step = torch.arange(max(self.count), device=self.device)
         logits = []
         for env in range(self.num_envs):
-            images = [self.stacks(torch.full_like(part, env), part).to(agent.device) for part in step.split(256)]
-            with agent.autocast():
-                logits.append(torch.cat([agent.world.encoder(image / 255) for image in images]))
+            parts = []
+            for part in step.split(256):
+                images = self.stacks(torch.full_like(part, env), part).to(agent.device)
+                with agent.autocast():
+                    parts.append(agent.world.encoder(images / 255))
+            logits.append(torch.cat(parts))
         self.logits = torch.stack(logits)
 
     def state_dict(self) -> dict:
@@ -1460,13 +1499,16 @@ def save_gif(video: torch.Tensor, writer: SummaryWriter, step: int) -> None:
 @torch.no_grad()
 def dream_video(agent: Agent, replay: Replay, count: int = 4, context: int = 5) -> tuple[torch.Tensor, dict]:
     """Frames (T,3*Y,count*X,C) of replayed sequences side by side, rows truth, model, error, and the errors.
-    The first `context` steps see the images, the rest are dreamed with the recorded actions; the newest frame of each
-    stack is shown."""
+    The first `context` steps see the images, the rest are dreamed with the recorded actions; the newest
+    frame of each stack is shown."""
     args = agent.args
     world = agent.world
     context = min(context, args.batch_length // 2)
-    starts = torch.tensor([(env, start) for env, size in enumerate(replay.starts(args.batch_length)) for start in range(size)])
-    env, start = starts[torch.randint(len(starts), (count,))].T.to(replay.device)
+    starts = torch.tensor(replay.starts(args.batch_length))
+    env = torch.multinomial(starts / starts.sum(), count, replacement=True)
+    start = (torch.rand(count) * starts[env]).long()
+    env = env.to(replay.device)
+    start = start.to(replay.device)
     step, batch = replay.sequences(env, start, args.batch_length)
     batch = agent.prepare(batch)
     truth = replay.stacks(env, step)[1:-1].to(agent.device) / 255  # (T,count,Y,X,frames*C)
@@ -1682,10 +1724,10 @@ def check_positive(args: Args, names: str) -> None:
 
 def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
-    check_positive(args, "total_timesteps num_envs batch_size batch_length imag_batch imag_horizon memory_length "
-                   "train_every frame_stack replay_temperature model_clip ac_clip save_every")
+    check_positive(args, "total_timesteps num_envs batch_size batch_length imag_batch imag_horizon")
+    check_positive(args, "memory_length train_every frame_stack replay_temperature model_clip ac_clip save_every")
     if args.imag_batch > args.batch_size * args.batch_length:
-        fail("--imag-batch cannot be more than --batch-size x --batch-length: dreams start in different states")
+        fail("--imag-batch must be at most --batch-size x --batch-length: dreams start in different states")
     if args.batch_length < 2 or args.width % 2:
         fail("--batch-length must be at least 2, --width even")
     if args.precision == "auto":
@@ -1751,9 +1793,9 @@ def log_evaluation(writer: SummaryWriter, results: dict[str, float], step: int) 
 PHASES = {"observation": pretrain_observation, "dynamics": pretrain_dynamics, "behaviour": pretrain_behaviour}
 
 
-def pretrain(agent: Agent, optimizer: Optimizers, replay: Replay, seen: dict, batch_size: int, report) -> bool:
-    """Train each part on the random steps until it has seen its budget. `seen`: images or steps so far, by phase.
-    report(phase, metrics) -> whether to stop -> whether all phases are done."""
+def pretrain(agent: Agent, optimizer: Optimizers, replay: Replay, seen: dict, batch_size: int, report):
+    """Train each part on the random steps until it has seen its budget. `seen`: images or steps so far, by
+    phase. report(phase, metrics) -> whether to stop -> whether all phases are done."""
     ranks = agent.args.batch_size // batch_size
     for phase, train in PHASES.items():
         budget = getattr(agent.args, f"pretrain_{phase}") // ranks
@@ -1799,7 +1841,8 @@ def main(args: Args) -> None:
             layer.compile()
 
     # ---- run directory and replay, as they were where a run is resumed ----
-    # the whole run is kept: an episode has one row more than steps, and rows are on disk only once they are used
+    # the whole run is kept: an episode has one row more than steps, and rows are on disk only once they are
+    # used
     capacity = max(2 * args.total_timesteps // args.num_envs + 1, saved.get("capacity", 0))
     run = make_run(args, device)
     held = lock(run) if rank == 0 else None
@@ -1820,8 +1863,8 @@ def main(args: Args) -> None:
     if rank == 0:
         count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
         print(f"{device}, {args.precision}: {count:,} parameters")
-        print(f"{1 / args.train_every:g} updates per policy step (batch {args.batch_size} x {args.batch_length}, "
-              f"{args.imag_batch} dreams x {args.imag_horizon})")
+        print(f"{1 / args.train_every:g} updates per policy step (batch {args.batch_size} x "
+              f"{args.batch_length}, {args.imag_batch} dreams x {args.imag_horizon})")
         print(f"run directory {run}")
         writer = start_log(run, args, step)
 
@@ -1830,8 +1873,9 @@ def main(args: Args) -> None:
 
     def save() -> None:
         save_checkpoint(
-            run, args, step=step, updates=updates, pretrained=pretrained, seen=seen, credit=credit, life=life,
-            capacity=capacity, agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict())
+            run, args, step=step, updates=updates, pretrained=pretrained, seen=seen, credit=credit,
+            life=life, capacity=capacity, agent=agent.state_dict(), optimizer=optimizer.state_dict(),
+            replay=replay.state_dict())
 
     def dream() -> None:
         if max(replay.starts(args.batch_length)) > 0:
@@ -1906,8 +1950,8 @@ def main(args: Args) -> None:
     # ---- the end ----
     bar.close()
     if not pretrained and not stopping and not stop:
-        fail(f"no update in {step} steps: --learning-starts {args.learning_starts} is not below the budget, or too "
-             f"small for {args.batch_size} sequences")
+        fail(f"no update in {step} steps: --learning-starts {args.learning_starts} is not below the budget, or "
+             f"too small for {args.batch_size} sequences")
     stopping = stopping or not pretrained
     if rank == 0:
         if metrics:

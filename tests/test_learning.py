@@ -7,6 +7,7 @@ For iris also: the tokenizer's image loss at its first and last update, and the 
 the world model finds likeliest and are right, against that of the most frequent token of each place."""
 
 import csv
+import math
 import os
 import signal
 import sys
@@ -79,6 +80,40 @@ FAST_IRIS = dict(
     extra_epochs=0,
     eval_every=0,
 )
+FAST_TWM = dict(
+    QUIET,
+    frame_stack=1,
+    learning_starts=600,
+    pretrain_observation=16_000,
+    pretrain_dynamics=20_000,
+    pretrain_behaviour=5_000,
+    train_every=1.5,
+    batch_size=16,
+    batch_length=8,
+    latents=8,
+    classes=8,
+    cnn_depth=6,
+    encoder_units=64,
+    memory_length=8,
+    layers=2,
+    width=64,
+    heads=2,
+    head_dim=32,
+    ff_units=128,
+    dropout=0.0,
+    head_layers=1,
+    latent_units=64,
+    scalar_units=64,
+    imag_batch=64,
+    imag_horizon=7,
+    ac_layers=2,
+    ac_units=64,
+    model_lr=1e-3,
+    actor_lr=1e-3,
+    critic_lr=1e-3,
+    eval_every=0,
+    total_timesteps=12_000,
+)
 CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; random play: -0.5, 6.5, 3.3, 22 and 0
     "dreamer_v2": dict(
         catch=(
@@ -121,6 +156,7 @@ CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; rando
     "iris": dict(
         catch=(0.9, dict(FAST_IRIS, env_id="envs:CatchSmall-v0", batch_length=4, imag_horizon=4, burn_in=1)),
     ),
+    "twm": dict(catch=(0.8, dict(FAST_TWM, env_id="envs:Catch-v0"))),
 }
 
 
@@ -162,9 +198,56 @@ class TokenAccuracy:
         }
 
 
+class LatentPrediction:
+    """Watches the updates of twm.py -> how well its dynamics predict the latent, whose loss the published code leaves
+    out, and the rewards of recorded actions, two seen steps and the rest dreamed."""
+
+    def __init__(self, script):
+        self.script, self.train_step, self.losses = script, script.train_step, []
+
+    def __call__(self, agent, optimizer, replay, batch_size):
+        self.agent, self.replay = agent, replay
+        metrics = self.train_step(agent, optimizer, replay, batch_size)
+        self.losses.append(float(metrics["losses/latent"]))
+        return metrics
+
+    @torch.no_grad()
+    def result(self) -> dict[str, float]:
+        args, world = self.agent.args, self.agent.world
+        count = 500
+        start = self.replay.starts(args.batch_length)[0] - 1 - torch.arange(count)
+        step, rows = self.replay.sequences(torch.zeros(count, dtype=torch.long), start, args.batch_length)
+        rows = self.agent.prepare(rows)
+        seen = world.encoder(self.replay.stacks(torch.zeros_like(step), step)[1:3] / 255)
+        latent = self.script.mode_latent(seen[0])
+        begun = torch.zeros(2, count, dtype=torch.long)
+        alive = torch.ones(count, dtype=torch.bool)
+        cache = world.dynamics.empty_cache(count, args.batch_length)
+        right, real = [], []
+        for t in range(args.batch_length):
+            hidden = world.dynamics.step(cache, t, latent, rows["action"][1 + t], rows["reward"][t], begun)
+            logits, reward, _ = world.dynamics.heads(hidden)
+            ends = alive & rows["is_last"][1 + t]
+            counts = ends & (t > 2)
+            real.append(rows["reward"][1 + t].sign()[counts])
+            right.append(reward.sign()[counts] == real[-1])
+            alive = alive & ~ends
+            latent = self.script.mode_latent(seen[1] if t == 0 else logits)
+        real = torch.cat(real)
+        greatest = args.latents * math.log(args.classes)
+        return dict(
+            latent_loss=sum(self.losses[-50:]) / 50 / greatest,
+            reward_right=torch.cat(right).float().mean().item(),
+            majority=(real == real.mode().values).float().mean().item(),
+        )
+
+
+WATCHERS = dict(iris=(TokenAccuracy, "train_tokenizer"), twm=(LatentPrediction, "train_step"))
+
+
 def learn(script, threshold: float, flags: dict, run_dir: Path) -> tuple[list[tuple[int, float]], dict[str, float]]:
     """Train until the threshold is passed or the budget is used up -> curve of (policy steps, mean of 20 returns), and
-    what TokenAccuracy found."""
+    what a watcher found."""
     returns = deque(maxlen=20)
     curve = []
     steps = 0
@@ -182,10 +265,11 @@ def learn(script, threshold: float, flags: dict, run_dir: Path) -> tuple[list[tu
         return made
 
     script.Envs.row = row
-    tokens = None
-    if hasattr(script, "train_tokenizer"):
-        tokens = TokenAccuracy(script)
-        script.train_tokenizer = tokens
+    watcher, watched = WATCHERS.get(script.__name__, (None, ""))
+    if watcher:
+        kept_update = getattr(script, watched)
+        watcher = watcher(script)
+        setattr(script, watched, watcher)
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     args = script.Args(**flags, run_dir=str(run_dir))
     script.check_args(args)
@@ -195,11 +279,11 @@ def learn(script, threshold: float, flags: dict, run_dir: Path) -> tuple[list[tu
         pass
     finally:
         script.Envs.row = original
-        if tokens:
-            script.train_tokenizer = tokens.train_tokenizer
+        if watcher:
+            setattr(script, watched, kept_update)
         for number, handler in kept.items():
             signal.signal(number, handler)
-    return curve, tokens.result() if tokens else {}
+    return curve, watcher.result() if watcher else {}
 
 
 @pytest.mark.parametrize("name, case", [(name, case) for name in ALGORITHMS if name in CASES for case in CASES[name]])
@@ -212,8 +296,11 @@ def test_learns(name, case, tmp_path):
         f"{name} {case}: mean of 20 returns {best:.2f} after {curve[-1][0]} steps, {time.process_time() - start:.0f} s"
     )
     assert best >= threshold
-    if found:
-        print(text(found))
+    print(text(found))
+    if name == "twm":
+        assert found["latent_loss"] < 0.25  # of that of chance
+        assert 1 - found["reward_right"] < 0.7 * (1 - found["majority"])
+    elif found:
         assert found["last_image_loss"] < 0.2 * found["first_image_loss"]
         assert 1 - found["token_accuracy"] < 0.5 * (1 - found["majority"])
 

@@ -1,6 +1,8 @@
 """twm.py by definition: Transformer, masks, losses, dreams, replay, schedule, and which loss trains what."""
 
 import math
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -617,6 +619,47 @@ def test_pretraining_stops_and_goes_on(tmp_path, monkeypatch):
     moved = {name for name, p in agent.named_parameters() if not torch.equal(p, before[name])}
     for part in ("world.encoder", "world.decoder", "world.dynamics", "behaviour.actor", "behaviour.critic"):
         assert any(name.startswith(part) for name in moved), part
+
+
+def test_resume_in_each_phase(tmp_path, monkeypatch):
+    """A signal in each phase of the pre-training, then one while everything trains: each life goes on where the last
+    one stopped, with the visits."""
+    import tiny
+
+    phases = dict(m.PHASES)
+    lives = [*m.PHASES, "joint"]
+    calls = []
+
+    def kill_in(life: str, name: str, function):
+        def call(*args):
+            calls.append(name)
+            if name == life:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*args)
+        return call
+
+    train_step = m.train_step
+    for life in lives:
+        for name, function in phases.items():
+            monkeypatch.setitem(m.PHASES, name, kill_in(life, name, function))
+        monkeypatch.setattr(m, "train_step", kill_in(life, "joint", train_step))
+        calls.clear()
+        flags = tiny.flags("twm", tmp_path, resume="auto", total_timesteps=30)
+        tiny.call("twm", flags)
+        (run,) = tmp_path.iterdir()
+        saved = tiny.checkpoint(run)
+        # what an earlier life has done is not done again
+        assert all(lives.index(name) >= lives.index(life) - 1 for name in calls)
+        assert saved["pretrained"] == (life == "joint")
+        assert saved["step"] == (7 if life != "joint" else saved["step"])
+        visits = saved["replay"]["visits"].sum().item()
+        assert visits == 2 * saved["updates"]
+    assert 0 < saved["step"] < 30
+    monkeypatch.setattr(m, "train_step", train_step)
+    tiny.call("twm", tiny.flags("twm", tmp_path, resume="auto", total_timesteps=30))
+    last = tiny.checkpoint(run)
+    assert last["step"] == 30
+    assert last["replay"]["visits"].sum().item() == 2 * last["updates"] > visits
 
 
 # ---- breakages that the tests must see ----
