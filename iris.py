@@ -1243,8 +1243,7 @@ class Replay(Storage):
         return table[table[:, 0] < table[:, 1]]
 
     def sequence(self, start, first, stop, env, length: int, names: str) -> dict:
-        """The named fields (length,B,...) and mask (length,B) from row `start` of episodes first..stop (B).
-        """
+        """Named fields (length,B,...) and mask (length,B) from row `start` of the episodes first..stop (B)."""
         row = start + torch.arange(length, device=self.device)[:, None]  # (length,B)
         mask = (first <= row) & (row < stop)
         row = row.clamp(first, stop - 1)

@@ -1,0 +1,115 @@
+"""genrl.py from words to behaviour: run with `python -m pytest -m learning`.
+
+One world model is learned from random play in envs.Goals, whose images do not show which corner is wanted. Then each
+prompt makes a policy, in dreams, without any reward from the environment. It is scored in all four corners.
+`python tests/test_learning_genrl.py SEED [VARIANT]` runs all four prompts and writes the curves to tests/results/."""
+import csv
+import signal
+import sys
+import time
+from pathlib import Path
+
+import envs
+import gymnasium
+import pytest
+from conftest import TESTS, load
+
+pytestmark = pytest.mark.learning
+CORNERS = list(envs.Goals.CORNERS)
+IDS = {corner: f"Goals-{corner.replace(' ', '')}-v0" for corner in CORNERS}
+for corner, name in IDS.items():
+    gymnasium.register(name, entry_point=envs.Goals, kwargs=dict(corner=corner))
+
+FLAGS = dict(
+    env_id=IDS["top left"],
+    vlm=f"{TESTS / 'goal_words.py'}:GoalWords",
+    device="cpu",
+    action_repeat=1,
+    collect_policy="random",
+    total_timesteps=4_000,
+    hidden=128,
+    stoch=8,
+    classes=16,
+    cnn_depth=8,
+    layers=2,
+    batch_size=16,
+    batch_length=16,
+    pretrain_updates=500,
+    policy_batch_size=16,
+    policy_batch_length=8,
+    policy_updates=200,
+    model_lr=1e-3,
+    actor_lr=3e-4,
+    critic_lr=1e-3,
+    slow_every=20,
+    video_every=0,
+    save_every=10**9,
+    eval_episodes=16,
+    eval_every=50,
+)
+
+
+def follow(script, run_dir: Path, prompts: list[str], **changes) -> dict[str, list[tuple[int, dict]]]:
+    """One world model, then a policy for each prompt -> {prompt: [(policy updates, {corner: mean return}), ...]}."""
+    curves = {}
+    original = script.evaluate
+
+    def evaluate(agent, args, stop):
+        scores = {}
+        for corner, name in IDS.items():
+            results = original(agent, script.replace(args, env_id=name), stop)
+            scores[corner] = results["eval/episodic_return"]
+        curves.setdefault(args.prompt, []).append((int(agent.behaviour.updates), scores))
+        return results
+
+    script.evaluate = evaluate
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        resume = ""
+        for prompt in prompts:
+            args = script.Args(**{**FLAGS, "run_dir": str(run_dir), "prompt": f"the light is at the {prompt}", **changes})
+            args.resume = resume
+            script.check_args(args)
+            script.main(args)
+            (run,) = run_dir.iterdir()
+            resume = str(run)
+    finally:
+        script.evaluate = original
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    return dict(zip(prompts, curves.values()))
+
+
+def test_prompts_lead_to_their_corners(tmp_path):
+    curves = follow(load("genrl"), tmp_path, ["top left", "bottom right"])
+    for prompt, curve in curves.items():
+        scores = curve[-1][1]
+        print(prompt, scores)
+        others = [score for corner, score in scores.items() if corner != prompt]
+        assert scores[prompt] >= 18
+        assert max(others) <= 6
+
+
+def without_aligner(script):
+    script.Aligner.forward = lambda self, embed: embed
+
+
+VARIANTS = {"": {}, "without_alignment": dict(align="none"), "without_aligner": {}}
+
+if __name__ == "__main__":
+    seed, variant = int(sys.argv[1]), (sys.argv[2:] + [""])[0]
+    genrl = load("genrl")
+    if variant == "without_aligner":
+        without_aligner(genrl)
+    start = time.process_time()
+    folder = Path(sys.argv[3] if len(sys.argv) > 3 else "runs") / f"goals{variant}{seed}"
+    curves = follow(genrl, folder, CORNERS, seed=seed, **VARIANTS[variant])
+    name = "_".join(["genrl_goals", *([variant] if variant else []), f"seed{seed}.csv"])
+    with open(TESTS / "results" / name, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "policy_updates", *CORNERS])
+        for prompt, curve in curves.items():
+            for updates, scores in curve:
+                writer.writerow([prompt, updates, *(round(scores[corner], 2) for corner in CORNERS)])
+                print(prompt, updates, scores)
+    print(f"{(time.process_time() - start) / 60:.1f} CPU-minutes")
