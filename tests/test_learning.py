@@ -33,6 +33,34 @@ FAST = dict(
     total_timesteps=14_000,
     buffer_size=50_000,
 )
+FAST_V1 = dict(
+    QUIET,
+    deter=128,
+    hidden=128,
+    stoch=16,
+    cnn_depth=8,
+    units=64,
+    batch_size=8,
+    pretrain=50,
+    train_every=20,
+    train_steps=10,
+    learning_starts=500,
+    model_lr=1e-3,
+    actor_lr=1e-4,
+    critic_lr=3e-4,
+    expl_noise=0.1,
+    expl_eps=0.1,
+    eval_every=0,
+    buffer_size=50_000,
+)
+TRACK_V1 = dict(
+    FAST_V1,
+    env_id="envs:Track-v0",
+    batch_length=12,
+    imag_horizon=8,
+    gamma=0.95,
+    total_timesteps=30_000,
+)
 FAST_V2 = dict(
     QUIET,
     deter=128,
@@ -115,6 +143,22 @@ FAST_TWM = dict(
     total_timesteps=12_000,
 )
 CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; random play: -0.5, 6.5, 3.3, 22 and 0
+    "dreamer_v1": dict(
+        track=(20.0, TRACK_V1),
+        track_contrastive=(20.0, dict(TRACK_V1, representation="contrastive")),
+        catch=(
+            0.8,
+            dict(
+                FAST_V1,
+                env_id="envs:Catch-v0",
+                batch_length=8,
+                imag_horizon=8,
+                pred_discount=True,
+                kl_scale=0.1,
+                total_timesteps=20_000,
+            ),
+        ),
+    ),
     "dreamer_v2": dict(
         catch=(
             0.8,
