@@ -1489,7 +1489,7 @@ def main(args: Args) -> None:
     if saved:
         load_weights(agent, saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        replay.load_state_dict(saved["replay"], lost=2 * args.save_every // args.num_envs + 1)
+        replay.load_state_dict(saved["replay"], lost=rows_at_risk(args, step))
         if rank == 0:
             restore_rng(saved["rng"])
 
@@ -1523,32 +1523,34 @@ def main(args: Args) -> None:
     bar = progress_bar(args, step, rank)
     row = envs.reset()
     state = agent.initial(num_envs)
-    while step < args.total_timesteps and not stopping:
-        state = agent.act(row, state) if updates else agent.act_randomly(num_envs)
-        state["action"][torch.as_tensor(row["is_last"])] = 0  # no action follows an episode's end
-        replay.add(row | state)
-        ended = row["is_last"]
-        episodes = list(zip(envs.ret[ended], envs.length[ended]))
-        decisions, stopping, ready = sum_ranks(
-            [(~row["is_first"]).sum(), len(stop), bool(replay.episodes)], device)
+    while (step < args.total_timesteps or debt) and not stopping:
         before = step
-        step += decisions
-        row = envs.step(state["action"].cpu().numpy())
+        episodes = []
+        if debt:  # a block of updates takes minutes on a CPU: a signal must not wait for its end
+            metrics = train_step(agent, optimizer, replay, batch_size)
+            updates += 1
+            debt -= 1
+            (stopping,) = sum_ranks([len(stop)], device)
+        else:
+            state = agent.act(row, state) if updates else agent.act_randomly(num_envs)
+            state["action"][torch.as_tensor(row["is_last"])] = 0  # no action follows an episode's end
+            replay.add(row | state)
+            ended = row["is_last"]
+            episodes = list(zip(envs.ret[ended], envs.length[ended]))
+            decisions, stopping, ready = sum_ranks(
+                [(~row["is_first"]).sum(), len(stop), bool(replay.episodes)], device)
+            step += decisions
+            row = envs.step(state["action"].cpu().numpy())
 
-        if step >= args.learning_starts and ready == ranks:
-            if not updates and not debt:
-                debt = args.pretrain
-                trained = step
-            blocks = (step - trained) // args.train_every
-            trained += blocks * args.train_every
-            debt += blocks * args.train_steps
-            while debt and not stopping:  # a block takes minutes on a CPU: a signal must not wait for its end
-                metrics = train_step(agent, optimizer, replay, batch_size)
-                updates += 1
-                debt -= 1
-                (stopping,) = sum_ranks([len(stop)], device)
-        elif step >= args.learning_starts:
-            replay.check_usable()
+            if step >= args.learning_starts and ready == ranks:
+                blocks = (step - trained) // args.train_every
+                trained += blocks * args.train_every
+                debt = blocks * args.train_steps
+                if not updates:
+                    debt = args.pretrain
+                    trained = step
+            elif step >= args.learning_starts:
+                replay.check_usable()
 
         # ---- now and then: log, save, dream, evaluate; rank 0 alone ----
         if rank > 0:

@@ -1651,9 +1651,8 @@ def embed_prompt(args: Args, get_vlm, vl_dim: int) -> torch.Tensor:
 def report_gap(agent: Agent, replay: Replay, embed: torch.Tensor) -> dict[str, float]:
     """How far the prompt's embedding (E,) is from those of the data, before and after the aligner.
     The aligner is trained to restore what is atan(w / (1 - w)) away, w = --align-noise."""
-    count = min(32, 1 + replay.longest() // CLIP)
-    rows = replay.sample(count, min(replay.longest(), CLIP * 6))
-    data = rows["vl_embed"][CLIP - 1 :].flatten(0, 1).to(agent.device)
+    data = replay.data["vl_embed"].flatten(0, 1)[: replay.rows * replay.num_envs]
+    data = data[torch.randint(len(data), (100_000,), device=data.device)].to(agent.device)  # of all there are
     before = (data @ embed).max().item()
     after = (data @ agent.connector.aligner(embed)).max().item()
     noise = agent.args.align_noise

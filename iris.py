@@ -1243,8 +1243,7 @@ class Replay(Storage):
         return table[table[:, 0] < table[:, 1]]
 
     def sequence(self, start, first, stop, env, length: int, names: str) -> dict:
-        """The named fields (length,B,...) and mask (length,B) from row `start` of episodes first..stop (B).
-        """
+        """Named fields (length,B,...) and mask (length,B) from row `start` of the episodes first..stop (B)."""
         row = start + torch.arange(length, device=self.device)[:, None]  # (length,B)
         mask = (first <= row) & (row < stop)
         row = row.clamp(first, stop - 1)
@@ -1703,8 +1702,8 @@ def main(args: Args) -> None:
     if saved:
         load_weights(agent, saved["agent"])
         optimizers.load_state_dict(saved["optimizers"])
-        late = args.epoch_steps  # checkpoints are made at the end of epochs
-        replay.load_state_dict(saved["replay"], lost=rows_at_risk(args, step, late))
+        lost = rows_at_risk(args, step, more=args.epoch_steps)  # checkpoints come at the end of an epoch
+        replay.load_state_dict(saved["replay"], lost)
         if rank == 0:
             restore_rng(saved["rng"])
 
@@ -1754,6 +1753,7 @@ def main(args: Args) -> None:
         before = now()
         for phase in ("collect", "tokenizer", "world", "behaviour"):
             if phase == "collect":
+                # the policy remembers the running episodes as the newest networks see them (official)
                 state = agent.warm_up(replay) if replay.size else agent.initial(num_envs)
                 while step < min((epoch + 1) * args.epoch_steps, args.total_timesteps) and not stopping:
                     state = agent.act(row, state)
@@ -1765,7 +1765,9 @@ def main(args: Args) -> None:
                     decisions, stopping = sum_ranks([(~row["is_first"]).sum(), len(stop)], device)
                     step += decisions
                     row = envs.step(state["action"].cpu().numpy())
-                    for ret, steps in episodes if rank == 0 else ():
+                    if rank > 0:
+                        continue
+                    for ret, steps in episodes:
                         tqdm.write(f"global_step={step}, episodic_return={ret}")
                         numbers = {"charts/episodic_return": ret, "charts/episodic_length": steps}
                         log_metrics(writer, numbers, step)
@@ -1782,6 +1784,8 @@ def main(args: Args) -> None:
                     done[phase] += 1
                     updates += 1
                     (stopping,) = sum_ranks([len(stop)], device)  # all ranks end with the same update
+                    if updates % 50 == 0:  # epochs can be long
+                        bar.set_postfix(episodic_return=ret, updates=updates)
 
         if not stopping:
             epoch += 1

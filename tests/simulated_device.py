@@ -1,7 +1,7 @@
 """`python simulated_device.py SCRIPT flags`: run a script on a device that is made of CPU memory.
 
 For machines without a GPU: like one, it refuses operations on tensors of two devices and `numpy` of its own tensors,
-which a run on the CPU cannot notice. Values are real, so that results equal those of the CPU."""
+which a run on the CPU cannot notice."""
 import sys
 
 import torch
@@ -60,6 +60,15 @@ def lstm_cell(self, x, state):
     return o.sigmoid() * cell.tanh(), cell
 
 
+def gru_cell(self, x, hidden):
+    """nn.GRUCell.forward, likewise."""
+    reset_x, update_x, new_x = F.linear(x, self.weight_ih, self.bias_ih).chunk(3, -1)
+    reset_h, update_h, new_h = F.linear(hidden, self.weight_hh, self.bias_hh).chunk(3, -1)
+    update = (update_x + update_h).sigmoid()
+    new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
+    return (1 - update) * new + update * hidden
+
+
 def dispatch(func, args, kwargs):
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
     here, device = [x for x in tensors if isinstance(x, OnDevice)], kwargs.get("device")
@@ -91,11 +100,15 @@ def main(name: str, argv: list[str]) -> None:
     script = load(name)
     make = script.Storage.__init__
 
-    def on_device(self, specs, capacity, num_envs, device, *rest, **more):
-        make(self, specs, capacity, num_envs, device, *rest, **more)
-        self.device, self.data = device, {k: v.to(device) for k, v in self.data.items()}  # as on a GPU that has room
+    def on_device(self, specs, capacity, num_envs, folder, device, **more):
+        """As on a GPU that has room for a copy."""
+        make(self, specs, capacity, num_envs, folder, device, **more)
+        self.device = device
+        self.data = {k: v.to(device) for k, v in self.data.items()}
 
-    script.Storage.__init__, torch.nn.LSTMCell.forward = on_device, lstm_cell
+    script.Storage.__init__ = on_device
+    torch.nn.LSTMCell.forward = lstm_cell
+    torch.nn.GRUCell.forward = gru_cell
     with Simulated():
         script.main(script.parse_args([*argv, "--device=simulated"]))
 

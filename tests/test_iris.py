@@ -38,26 +38,18 @@ def make_agent(dtype=torch.float64, **changes):
     return agent
 
 
-class Files:
-    """Keeps the folder of a replay's files as long as the replay."""
-
-    def __init__(self):
-        self.folder = tempfile.TemporaryDirectory()
-
-
 def make_replay(rows, num_envs, image=IMAGE):
-    files = Files()
-    replay = m.Replay(m.replay_specs({"image": image}, A), rows, num_envs, Path(files.folder.name), CPU)
-    replay.kept = files
+    folder = tempfile.TemporaryDirectory()
+    replay = m.Replay(m.replay_specs({"image": image}, A), rows, num_envs, Path(folder.name), CPU)
+    replay.folder = folder  # it goes when the replay goes
     return replay
 
 
-def add(replay, image, is_first, is_last, reward=None):
-    """One row of plain lists; actions are 0."""
+def add(replay, image, is_first, is_last):
+    """One row; rewards and actions are 0."""
     count = replay.num_envs
     action = F.one_hot(torch.zeros(count).long(), A)
-    reward = reward if reward is not None else [0.0] * count
-    replay.add(dict(image=image, reward=reward, is_first=is_first, is_last=is_last, action=action))
+    replay.add(dict(image=image, reward=[0.0] * count, is_first=is_first, is_last=is_last, action=action))
 
 
 def random_replay(num_envs=2, rows=60, ends=0.2):
@@ -125,20 +117,6 @@ def test_initial_weights():
     words = m.Tokenizer(3, m.Args(channels=2, res_blocks=1)).codebook.weight
     assert words.abs().max() <= 1 / 512
     assert words.std().item() == pytest.approx(1 / 512 / 3**0.5, rel=0.01)
-
-
-def test_downsampling_pads_right_and_bottom():
-    """The first corner is in the first output only, the last corner in the last one."""
-    down = m.Downsample(2)
-    x = torch.zeros(2, 2, 4, 4)
-    x[0, :, 0, 0] = 1
-    x[1, :, 3, 3] = 1
-    weight, bias = down.conv.weight, down.conv.bias
-    with torch.no_grad():
-        y = down(x)
-        torch.testing.assert_close(y[0, :, 0, 0], weight[:, :, 0, 0].sum(1) + bias)
-        torch.testing.assert_close(y[1, :, 1, 1], weight[:, :, 1, 1].sum(1) + bias)
-        assert y.shape == (2, 2, 2, 2)
 
 
 def test_sampler():
@@ -518,21 +496,18 @@ def test_dream_equals_the_literal_one():
 def test_number_of_passes():
     """17 queries and 15 of one token, then 2 and 15: 16 passes per step; 20 frames of 17 fit into 340 positions."""
     world = m.WorldModel(16, A, m.Args(layers=1, width=8, heads=2, vocab_size=5))
+    dream = m.Dream(world, torch.zeros(2, 16).long())
     passes = []
 
-    def forward(x, start, cache):
-        passes.append((x.shape[1], start))
-        return x
+    def forward(x):
+        passes.append(x.shape[1])
+        dream.size += x.shape[1]
+        return x[:, -1]
 
-    world.forward = forward
-    dream = m.Dream(world, torch.zeros(2, 16).long())
-    for _ in range(19):
+    dream.forward = forward
+    for _ in range(20):
         dream.step(torch.zeros(2).long())
-    assert [n for n, _ in passes] == [17] + 15 * [1] + 18 * ([2] + 15 * [1])
-    assert [start for _, start in passes] == np.cumsum([0, *[n for n, _ in passes[:-1]]]).tolist()
-    assert dream.size == 338, "the last token and a last action make 340"
-    dream.step(torch.zeros(2).long())
-    assert passes[-16:] == [(17, 0), *[(1, 17 + k) for k in range(15)]], "cut down to one frame"
+    assert passes == [17] + 15 * [1] + 18 * ([2] + 15 * [1]) + [17] + 15 * [1], "the last step is cut down to one frame"
 
 
 def test_dropout_in_training_only():
@@ -565,19 +540,6 @@ def test_burn_in():
             _, _, state = agent.behaviour(frames, state)
         torch.testing.assert_close(dream["hidden"][column], state[0][0])
         torch.testing.assert_close(dream["cell"][column], state[1][0])
-
-
-def test_policy_is_evaluated_as_it_dreamt():
-    """From the memory with which the dream began, on its frames: the same logits again, now with a gradient."""
-    agent = make_agent()
-    seen = []
-    agent.behaviour.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
-    dream = imagine(agent, random_tokens(agent, 4, 5), torch.ones(4, 5).bool())
-    agent.behaviour.loss(dream)
-    _, *steps, again = seen
-    torch.testing.assert_close(torch.cat(steps), again.detach())
-    assert again.shape == (4, 5, A)
-    assert again.requires_grad
 
 
 # ---- replay ----
@@ -631,7 +593,7 @@ def test_ring_cuts_episodes():
     assert recent["image"][recent["mask"]].flatten().tolist() == [*range(18, 25)]
     add(replay, [[25]], is_first=[False], is_last=[True])
     assert not replay.recent(4)["mask"].any(), "none is running"
-    copy = m.Replay(m.replay_specs({"image": (1,)}, A), 10, 1, Path(replay.kept.folder.name), CPU, new=False)
+    copy = m.Replay(m.replay_specs({"image": (1,)}, A), 10, 1, Path(replay.folder.name), CPU, new=False)
     copy.load_state_dict(replay.state_dict(), lost=0)
     assert copy.make_table().tolist() == replay.make_table().tolist() == [[16, 17, 0], [18, 25, 0]]
 
@@ -835,48 +797,28 @@ def test_finished_run_collects_more(tmp_path):
     assert checkpoint(folder)["updates"] == saved["updates"] + 2 * 3 * 3
 
 
-class Lives:
-    """In place of ale-py's vector environment: two games of two lives, lost at the third and at the sixth step."""
-
-    single_action_space = gymnasium.spaces.Discrete(A)
-
-    def __init__(self):
-        self.steps = np.array([0, 1])
-        self.over = np.zeros(2, bool)
-
-    def step(self, action):
-        self.steps = np.where(self.over, 0, self.steps + 1)
-        lost = self.steps % 3 == 0
-        self.over = self.steps == 6
-        terminated = lost & ~(self.steps == 0)
-        info = dict(lives=2 - self.steps // 3)
-        return self.steps, np.ones(2), terminated, np.zeros(2, bool), info
-
-
 def test_lives():
-    """A lost life ends an episode of replay and the next row begins one; the game's return and length go on."""
-    game = object.__new__(m.LifeEnvs)
-    game.envs = Lives()
-    game.discrete, game.action_space = True, Lives.single_action_space
-    game.last = game.lost = np.zeros(2, bool)
-    game.ret, game.length = np.array([0.0, 1.0]), np.array([0, 1])
-    game.row = lambda obs, reward, **flags: dict(flags, obs=obs)
-    seen = []
-    for _ in range(8):
-        row = game.step(np.eye(A)[[0, 0]])
-        seen.append([bool(row[k][0]) for k in ("is_first", "is_last", "is_terminal")] + [bool(game.last[0])])
-        assert game.length[0] == game.ret[0] == row["obs"][0]
-    first, last, terminal, over = (list(column) for column in zip(*seen))
-    assert last == terminal == [False, False, True, False, False, True, False, False]
-    assert first == [False, False, False, True, False, False, True, False]
-    assert over == [False] * 5 + [True] + [False] * 2
-
-
-def test_games():
-    """Breakout ends episodes with lives in training, and plays whole games in evaluation."""
+    """In Breakout a lost life ends an episode of replay, but not the game; evaluations play whole games."""
     args = m.Args(env_id="ALE/Breakout-v5", action_repeat=4)
-    assert isinstance(m.make_envs(args, 1, 0, 0, 0), m.LifeEnvs)
     assert not isinstance(m.make_envs(args, 1, 1), m.LifeEnvs)
+    game = m.make_envs(args, 1, 0, 0, 0)
+    rows = [game.reset()]
+    length = lost = over = 0
+    while not over:
+        before = rows[-1]
+        length += 1
+        rows.append(game.step(np.eye(4)[[length % 4]]))
+        assert rows[-1]["is_first"] == before["is_last"], "the next row begins an episode"
+        assert game.length == length, "the game's length goes on"
+        lost += int(rows[-1]["is_last"][0])
+        over = game.last[0]
+    assert lost == 5
+    assert game.ret == sum(float(row["reward"][0]) for row in rows)
+    game.step(np.eye(4)[[0]])
+    assert game.length == game.ret == 0
+
+
+def test_continuous_actions_are_refused():
     with pytest.raises(SystemExit):
         m.make_envs(m.Args(env_id="envs:Track-v0", action_repeat=1), 1, 0, 0, 0)
 
@@ -909,14 +851,6 @@ def patch_labels(patch, module):
     patch.setattr(
         module.WorldModel, "labels",
         lambda world, tokens, reward, end, mask: original(world, tokens, reward.roll(1, 1), end, mask))
-
-
-def patch_padding(patch, module):
-    """The loss does not look at the mask."""
-    original = module.WorldModel.labels
-    patch.setattr(
-        module.WorldModel, "labels",
-        lambda world, tokens, reward, end, mask: original(world, tokens, reward, end, torch.ones_like(mask)))
 
 
 def patch_memory(patch, module):
@@ -965,22 +899,12 @@ def patch_outcomes(patch, module):
     patch.setattr(module.Replay, "sequence", sequence)
 
 
-def patch_last(patch, module):
-    """The drawn frame is always the first of its sequence."""
-    original = module.Replay.sample
-    patch.setattr(
-        module.Replay, "sample",
-        lambda replay, batch_size, length, names, last=False: original(replay, batch_size, length, names))
-
-
 MUTATIONS = {
     "lambda-return runs forwards": (patch_lambda_return, test_lambda_return_by_definition),
     "no straight-through gradient": (patch_straight_through, test_stop_gradients_of_the_tokenizer),
     "reward of the step before": (patch_labels, test_world_losses_by_definition),
-    "padding is learned": (patch_padding, test_padding_counts_for_nothing),
     "memory is cut down too early": (patch_memory, test_dream_equals_the_literal_one),
     "positions counted from the input": (patch_positions, test_cache_equals_full_attention),
     "padding is burnt in": (patch_burn_in, test_burn_in),
     "outcome arrives with the frame": (patch_outcomes, test_sequences_by_brute_force),
-    "dreams begin anywhere": (patch_last, test_sequences_by_brute_force),
 }

@@ -24,6 +24,11 @@ SMALL = {
         behaviour_starts=6, tokenizer_batch=2, batch_size=2, batch_length=7, vocab_size=8, code_dim=4, channels=4,
         res_blocks=1, layers=1, heads=1, width=8, lstm_units=8, imag_horizon=3, burn_in=2, eval_every=0,
         perceptual_loss="pixel"),
+    "twm": dict(
+        learning_starts=7, pretrain_observation=12, pretrain_dynamics=24, pretrain_behaviour=12, train_every=3.0,
+        batch_size=2, batch_length=3, latents=4, classes=4, cnn_depth=1, encoder_units=8, memory_length=3, layers=1,
+        width=8, heads=1, head_dim=8, ff_units=8, head_layers=1, latent_units=8, scalar_units=8, imag_batch=4,
+        imag_horizon=3, ac_layers=1, ac_units=8, eval_every=0),
     "genrl": dict(
         hidden=16, stoch=4, classes=4, cnn_depth=2, layers=1, batch_size=2, batch_length=8, policy_batch_size=2,
         policy_batch_length=6, imag_horizon=8, learning_starts=12, train_every=4, pretrain_updates=3, policy_updates=3,
