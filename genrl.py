@@ -2063,6 +2063,17 @@ def log_evaluation(writer: SummaryWriter, results: dict[str, float], step: int) 
 # ==== end shared ====
 
 
+def choose_capacity(args: Args, files: list, ranks: int) -> int:
+    """Replay rows per environment, or per rank for the rows of all episode files."""
+    # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
+    capacity = min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
+    if files:
+        capacity = max(sum(rows for _, rows, _ in files[rank::ranks]) for rank in range(ranks))
+    if capacity < max(args.batch_length, args.policy_batch_length):
+        fail(f"replay of {capacity} rows per environment is shorter than --batch-length: --buffer-size")
+    return capacity
+
+
 def load_data(replay: Replay, episodes: list, shapes: dict, action_dim: int, vlm: str, vl_dim: int) -> None:
     """Episode files into the replay, which then holds nothing else. What does not fit is left out, named."""
     skipped = 0
@@ -2161,13 +2172,7 @@ def main(args: Args) -> None:
         agent.world.decoder.compile(dynamic=False)
 
     # ---- run directory and replay, as they were where a run is resumed ----
-    # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
-    capacity = min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
-    if files:
-        capacity = max(sum(rows for _, rows, _ in files[r::ranks]) for r in range(ranks))
-    capacity = saved.get("capacity", capacity)
-    if capacity < max(args.batch_length, args.policy_batch_length):
-        fail(f"replay of {capacity} rows per environment is shorter than --batch-length: --buffer-size")
+    capacity = saved.get("capacity") or choose_capacity(args, files, ranks)
     run = make_run(args, device)
     held = lock(run) if rank == 0 else None
     specs = replay_specs(envs.shapes, envs.action_dim, vl_dim)
