@@ -964,8 +964,9 @@ class Agent(nn.Module):
         embed = normalize(torch.randn(length, math.ceil(half / length), self.vl_dim, device=self.device))
         described, _, _ = self.connector.rollout(self.connector.aligner(embed), sample=True)
         coin = torch.rand(half, 1, device=self.device) < 0.5
-        stoch = torch.where(coin, rssm.sample(uniform), described.flatten(0, 1)[:half])
-        deter = torch.zeros(half, rssm.deter, device=self.device)
+        described = described.flatten(0, 1)[:half]
+        stoch = torch.where(coin, rssm.sample(uniform).to(described), described)
+        deter = described.new_zeros(half, rssm.deter)
 
         ends = []
         for by_policy in (False, True):

@@ -459,8 +459,22 @@ def test_weight_decay_ignores_the_learning_rate():
     torch.testing.assert_close(norm, torch.tensor(3.0))
 
 
-def test_data_free_update_needs_no_replay():
-    agent = make_agent(data_free=True)
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates_in_bf16_are_close_to_those_in_fp32(name):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        agent = make_agent(precision=precision, batch_length=8, policy_batch_length=8)
+        agent.set_prompt(unit(), 16)
+        torch.manual_seed(1)
+        rows = make_rows()
+        metrics = getattr(m, name)(agent, m.Optimizers(agent, agent.args), Rows(rows), 2)
+        losses.append(float(metrics["losses/connector" if "world" in name else "losses/value"]))
+    assert abs(losses[0] - losses[1]) < 0.05 * abs(losses[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_data_free_update_needs_no_replay(precision):
+    agent = make_agent(data_free=True, precision=precision)
     agent.set_prompt(unit(), 8)
     metrics = m.train_behaviour(agent, m.Optimizers(agent, agent.args), None, 2)
     assert torch.isfinite(metrics["losses/policy"])
