@@ -31,10 +31,10 @@ for. Axes: T time, B batch, H imagination, N dreams, S groups of K classes, D wi
 
 What changes from DreamerV3: posterior and decoder without h; no continue head, and the reward head is only
 logged; the dream's reward comes from the prompt; gradients through the dream for continuous actions.
-Differences from the official code: the connector has no 8 dead inputs; Plan2Explore uses this world model and
-keeps it; starts are uniform over all rows; a running episode is replayed too; rows before the first whole clip
-are never a label; bfloat16 instead of float16; CLIP instead of InternVideo2 by default (untested in the paper:
-it sees single frames); discrete actions by Reinforce; feat is [h, s] instead of [s, h].
+Differences from the official code: the connector has no 8 dead inputs; Plan2Explore uses this world model
+and keeps it; starts are uniform over all rows; a running episode is replayed too; rows before the first whole
+clip are never a label; bfloat16 instead of float16; CLIP instead of InternVideo2 by default (untested in the
+paper: it sees single frames); discrete actions by Reinforce; feat is [h, s] instead of [s, h].
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -94,7 +94,7 @@ class Args:
     exp_name: str = "genrl"  # second part of the run directory's name
     env_id: str = "ALE/Pong-v5"  # any Gymnasium id, also module:Env-v0; what is no image is rendered
     seed: int = 1  # of weights, environments and sampling
-    preset: Literal["default", "tiny", "paper"] = "default"  # networks, batches and losses are official in all but tiny
+    preset: Literal["default", "tiny", "paper"] = "default"  # official networks in all but tiny
     total_timesteps: int = 10_000  # policy steps of collection (paper: datasets of 2 to 4 million)
     pretrain_updates: int = 5_000  # of world model and connector (official: 500_000); 0: skip
     policy_updates: int = 2_000  # of actor and critic (official: 50_000); 0: skip
@@ -110,17 +110,17 @@ class Args:
     log_every: int = 100  # steps of a phase between metric logs
     # environment
     num_envs: int = 1  # parallel environments (official)
-    action_repeat: int = 0  # environment steps per policy step; 0: 4 on Atari, 2 on dm_control (official), else 1
+    action_repeat: int = 0  # environment steps per policy step; 0: Atari 4, dm_control 2 (official), else 1
     sticky_actions: float = 0.25  # Atari: probability that a frame repeats the last action
     # data
     data_dir: str = ""  # folder of episode files in the official format; replaces collection
     write_episodes: bool = False  # write the replay as such files to episodes/ in the run directory
     buffer_size: int = 20_000_000  # replay rows (official)
     collect_policy: Literal["plan2explore", "random"] = "plan2explore"
-    learning_starts: int = 2_500  # policy steps with random actions before Plan2Explore begins (official: 2_000)
+    learning_starts: int = 2_500  # random policy steps before Plan2Explore begins (official: 2_000)
     train_every: int = 5  # policy steps per update during collection (official)
     # prompt
-    vlm: str = "clip-ViT-B-32"  # sentence-transformers model or folder, FILE.py:FACTORY, or random (meaningless)
+    vlm: str = "clip-ViT-B-32"  # sentence-transformers model, FILE.py:FACTORY, or random (meaningless)
     prompt: str = ""  # text; empty: the environment's, from PROMPTS
     prompt_video: str = ""  # image, GIF, .npy of frames (T,Y,X,3) uint8, or video; instead of a text
     prompt_embedding: str = ""  # .npy with an embedding (E,); instead of a text
@@ -144,8 +144,9 @@ class Args:
     policy_batch_size: int = 32  # sequences per policy update (official)
     policy_batch_length: int = 32  # steps per sequence; every state is the start of a dream (official)
     imag_horizon: int = 16  # imagined steps, H (official)
-    reward_fn: Literal["max_cosine", "cosine", "neg_kl", "neg_mse", "exp_neg_mse", "max_like", "combo"] = "max_cosine"
-    align: Literal["sequence", "initial", "none"] = "sequence"  # where a target begins within a dream (official)
+    reward_fn: Literal[  # how much a dream resembles the target (official: max_cosine; paper: cosine)
+        "max_cosine", "cosine", "neg_kl", "neg_mse", "exp_neg_mse", "max_like", "combo"] = "max_cosine"
+    align: Literal["sequence", "initial", "none"] = "sequence"  # where in a dream a target begins (official)
     data_free: bool = False  # start dreams from random latents instead of data
     gamma: float = 0.99  # discount (official)
     lam: float = 0.95  # lambda of the returns (official)
@@ -165,10 +166,10 @@ class Args:
 PRESETS = {
     "default": {},
     "tiny": dict(
-        hidden=64, stoch=8, classes=8, cnn_depth=8, layers=2, batch_size=8, batch_length=16, policy_batch_size=8,
-        policy_batch_length=8, total_timesteps=600, learning_starts=400, train_every=10, pretrain_updates=100,
-        policy_updates=60, model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, save_every=200, video_every=0, log_every=20,
-        eval_episodes=1, vlm="random"),
+        hidden=64, stoch=8, classes=8, cnn_depth=8, layers=2, batch_size=8, batch_length=16,
+        policy_batch_size=8, policy_batch_length=8, total_timesteps=600, learning_starts=400, train_every=10,
+        pretrain_updates=100, policy_updates=60, model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, save_every=200,
+        video_every=0, log_every=20, eval_episodes=1, vlm="random"),
     "paper": dict(
         total_timesteps=1_000_000, pretrain_updates=500_000, policy_updates=50_000, eval_every=5_000,
         save_every=5_000, video_every=10_000),
@@ -297,7 +298,7 @@ def clip_labels(vl_embed: torch.Tensor) -> torch.Tensor:
 
 
 # -- the reward: a dream against the trajectory that the prompt asks for --
-# A view of states is a dict: stoch (T,N,S*K), and what the reward compares, project (T,N,P) or log_probs (T,N,S,K).
+# A view of states is a dict: stoch (T,N,S*K), and what the reward compares: project (T,N,P), log_probs (T,N,S,K).
 
 
 def similarity(kind: str, agent: dict, target: dict) -> torch.Tensor:
@@ -362,7 +363,7 @@ class NormSiLU(nn.LayerNorm):
 
 
 def mlp(inputs: int, units: int, layers: int, outputs: int = 0) -> nn.Sequential:
-    """`layers` x [linear, LayerNorm, SiLU], then a linear layer to `outputs`, if any. PyTorch's initialisation."""
+    """`layers` x [linear, LayerNorm, SiLU], then a linear layer to `outputs`, if any. PyTorch's weights."""
     modules = []
     for _ in range(layers):
         modules += [nn.Linear(inputs, units), NormSiLU(units)]  # a bias before the norm too (official)
@@ -389,7 +390,7 @@ def deconvolve_pixel(x: torch.Tensor, conv: nn.ConvTranspose2d) -> torch.Tensor:
 
 
 class Encoder(nn.Module):
-    """Images (T,B,64,64,C) -> tokens (T,B,E), E = 32 * depth, by 4 x [4x4 convolution of stride 2, norm, SiLU]."""
+    """Images (T,B,64,64,C) -> tokens (T,B,E), E = 32 * depth, by 4 x [4x4 convolution, stride 2, norm, SiLU]."""
 
     def __init__(self, channels: int, depth: int):
         super().__init__()
@@ -465,7 +466,7 @@ class Dynamics(nn.Module):
         return logits.unflatten(-1, (self.stoch, self.classes))
 
     def imagine_step(self, deter, stoch, action) -> tuple:
-        """One step without observation: h (N,D), s (N,S*K), action (N,A) -> h', s' ~ p(s' | h'), its logits."""
+        """One step without observation: h (N,D), s (N,S*K), action (N,A) -> h', s' ~ p(s' | h'), logits."""
         deter = self.core(deter, stoch, action)
         logits = self.groups(self.prior(deter))
         return deter, self.sample(logits), logits
@@ -510,8 +511,8 @@ class WorldModel(nn.Module):
         self.register_buffer("bins", torch.linspace(-20, 20, 255), persistent=False)
 
     def observe(self, rows: dict) -> tuple[dict, torch.Tensor]:
-        """Replay rows (T,B,...) -> posterior {deter, stoch, logits} (T,B,...), tokens. Memory begins with zeros,
-        also within an episode."""
+        """Replay rows (T,B,...) -> posterior {deter, stoch, logits} (T,B,...), tokens.
+        Memory begins with zeros, also within an episode."""
         tokens = self.encoder(rows)
         deter = tokens.new_zeros(tokens.shape[1], self.rssm.deter)
         stoch = tokens.new_zeros(tokens.shape[1], self.feat - self.rssm.deter)
@@ -653,7 +654,8 @@ class Connector(Dynamics):
 
 # ======== 5. behaviour ========
 class Behaviour(nn.Module):
-    """Actor, critic and slow critic on feat = [h, s], trained in dreams for any reward. Source: `ActorCritic`."""
+    """Actor, critic and slow critic on feat = [h, s], trained in dreams for any reward.
+    Source: `ActorCritic`."""
 
     def __init__(self, feat: int, action_dim: int, discrete: bool, args: Args):
         super().__init__()
@@ -675,7 +677,7 @@ class Behaviour(nn.Module):
         return [p for name, p in self.named_parameters() if name.startswith("actor")]
 
     def policy(self, feat: torch.Tensor):
-        """Log-probabilities (...,A) of one-hot actions, or a Normal whose raw sample the environment clips."""
+        """Log-probabilities (...,A) of one-hot actions, or a Normal; the environment clips its samples."""
         x = self.actor(feat)
         mean = float32(self.actor_mean(x))
         if self.discrete:
@@ -692,7 +694,7 @@ class Behaviour(nn.Module):
         return sample_onehot(policy.exp(), noise)
 
     def imagine(self, rssm: RSSM, start: dict) -> tuple:
-        """Roll the policy out from states (N,...) -> states {deter, stoch, logits} (H+1,N,...), action (H,N,A)."""
+        """Roll the policy out from states (N,...) -> {deter, stoch, logits} (H+1,N,...), action (H,N,A)."""
         deter, stoch = start["deter"], start["stoch"]
         deters, stochs, logits, actions = [deter], [stoch], [start["logits"]], []
         for _ in range(self.args.imag_horizon):
@@ -750,7 +752,7 @@ class Behaviour(nn.Module):
 
     def loss(self, world: WorldModel, start: dict, reward_fn) -> tuple[dict, dict]:
         """Start states (N,...) -> actor and critic loss of dreams, metrics.
-        `reward_fn(states, action)` gives the reward (H+1,N) of states (H+1,N,...); the gradient goes through it."""
+        `reward_fn(states, action)` gives the reward (H+1,N), and the gradient goes through it."""
         with torch.set_grad_enabled(not self.discrete):  # Reinforce needs none through the dream
             states, action = self.imagine(world.rssm, start)
             feat = torch.cat([states["deter"], states["stoch"]], -1)
@@ -777,13 +779,14 @@ class Behaviour(nn.Module):
 
 
 class Disagreement(nn.Module):
-    """Plan2Explore: five networks predict the next image's tokens; where they differ there is something to learn.
+    """Plan2Explore: five networks predict the next image's tokens; where they differ there is much to learn.
     Source: `plan2explore.Disagreement`."""
 
     def __init__(self, inputs: int, tokens: int, count: int = 5):
         super().__init__()
-        self.nets = nn.ModuleList(
-            nn.Sequential(nn.Linear(inputs, tokens), nn.ReLU(), nn.Linear(tokens, tokens)) for _ in range(count))
+        self.nets = nn.ModuleList()
+        for _ in range(count):
+            self.nets.append(nn.Sequential(nn.Linear(inputs, tokens), nn.ReLU(), nn.Linear(tokens, tokens)))
         self.register_buffer("scale", torch.zeros(()))
 
     def predict(self, feat: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
@@ -800,7 +803,7 @@ class Disagreement(nn.Module):
         return float32(self.predict(feat, action)).var(0).mean(-1)
 
     def dream_reward(self, states: dict, action: torch.Tensor) -> torch.Tensor:
-        """Reward (H+1,N) of a dream: r_{t+1} is the variance at (s_t, a_t), r_0 = 0, in units of its own mean."""
+        """Reward (H+1,N) of a dream: r_{t+1} is the variance at (s_t, a_t), r_0 = 0, in units of its mean."""
         feat = torch.cat([states["deter"], states["stoch"]], -1)[:-1]
         reward = self.reward(feat, action)
         with torch.no_grad():  # EMA 0.95 of its size, beginning with the first batch
@@ -897,7 +900,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, row: dict, state: dict) -> dict:
-        """Row (N,...) and state -> new {deter, stoch, logits, action}; s is sampled in evaluation too (official)."""
+        """Row (N,...) and state -> new {deter, stoch, logits, action}.
+        s is sampled in evaluation too (official)."""
         obs = {k: torch.as_tensor(v, device=self.device)[None] for k, v in row.items()}
         behaviour = self.explorer if self.exploring else self.behaviour
         with self.autocast():
@@ -905,7 +909,8 @@ class Agent(nn.Module):
             deter, stoch, logits = self.world.rssm.observe(
                 tokens, state["action"][None], obs["is_first"], state["deter"], state["stoch"])
             action = behaviour.sample(torch.cat([deter[0], stoch[0]], -1))
-        return dict(deter=float32(deter[0]), stoch=float32(stoch[0]), logits=float32(logits[0]), action=action)
+        state = dict(deter=float32(deter[0]), stoch=float32(stoch[0]), logits=float32(logits[0]))
+        return dict(state, action=action)
 
     def random_actions(self, count: int) -> torch.Tensor:
         """Uniform actions (count,A)."""
@@ -950,8 +955,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def data_free_start(self, count: int, length: int, warmup: int = 5) -> dict:
-        """States (count,...) to dream from, made without data: half of them random latents, half what the
-        connector makes of random embeddings; then `warmup` steps, half with random actions, half by policy."""
+        """States (count,...) to dream from, made without data: half of them random latents, half what
+        the connector makes of random embeddings; then `warmup` steps, by random actions and by policy."""
         rssm = self.world.rssm
         half = count // 2
         uniform = torch.zeros(half, rssm.stoch, rssm.classes, device=self.device)
@@ -959,8 +964,9 @@ class Agent(nn.Module):
         embed = normalize(torch.randn(length, math.ceil(half / length), self.vl_dim, device=self.device))
         described, _, _ = self.connector.rollout(self.connector.aligner(embed), sample=True)
         coin = torch.rand(half, 1, device=self.device) < 0.5
-        stoch = torch.where(coin, rssm.sample(uniform), described.flatten(0, 1)[:half])
-        deter = torch.zeros(half, rssm.deter, device=self.device)
+        described = described.flatten(0, 1)[:half]
+        stoch = torch.where(coin, rssm.sample(uniform).to(described), described)
+        deter = described.new_zeros(half, rssm.deter)
 
         ends = []
         for by_policy in (False, True):
@@ -1019,12 +1025,13 @@ def train_explorer(agent: Agent, optimizer: Optimizers, replay: Replay, batch_si
 
 
 def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
-    """One policy update: dreams from replayed states, or from none, that should resemble the target -> metrics.
+    """One policy update: dreams that should resemble the target, from replayed states or from none -> metrics.
     World model and connector are frozen."""
     args = agent.args
     with torch.no_grad(), agent.autocast():
         if args.data_free:
-            start = agent.data_free_start(batch_size * args.policy_batch_length, args.policy_batch_length // 2)
+            count = batch_size * args.policy_batch_length
+            start = agent.data_free_start(count, args.policy_batch_length // 2)
         else:
             rows = get_rows(agent, replay, batch_size, args.policy_batch_length)
             post, _ = agent.world.observe(rows)
@@ -1356,8 +1363,8 @@ class Replay(Storage):
         self.begun[env] = None
 
     def episodes(self) -> list[tuple[int, int, int]]:
-        """(first row, number of rows, environment) of finished and running episodes. Trap: without the running
-        ones there would be nothing of Pong for the first thousand steps."""
+        """(first row, number of rows, environment) of finished and running episodes. Trap: without the
+        running ones there would be nothing of Pong for the first thousand steps."""
         oldest = self.rows - self.size
         running = []
         for env, first in enumerate(self.begun):
@@ -1424,8 +1431,8 @@ def replay_specs(shapes: dict, action_dim: int, vl_dim: int) -> dict:
 
 
 def find_episodes(folder: str, buffer_size: int) -> list[tuple[Path, int, int]]:
-    """(file, rows, width of its embeddings or 0) of the last files in order of their paths, up to `buffer_size`
-    rows. What cannot be read is named, counted and left out."""
+    """(file, rows, width of its embeddings or 0) of the last files in order of their paths, up to
+    `buffer_size` rows. What cannot be read is named, counted and left out."""
     if not Path(folder).is_dir():
         fail(f"--data-dir {folder} is no folder")
     found = []
@@ -1458,14 +1465,14 @@ def read_episode(path: Path, shapes: dict, action_dim: int, vlm: str, vl_dim: in
     """Rows (L,...) of an episode file; raises ValueError where something does not fit. Embeddings of another
     VLM, or of none, are left zero."""
     with np.load(path) as arrays:
-        wanted = ("observation", "action", "reward", "is_first", "is_last", "is_terminal", "clip_video", "vlm")
+        wanted = "observation action reward is_first is_last is_terminal clip_video vlm".split()
         file = {name: arrays[name] for name in wanted if name in arrays}
     size = len(file["is_first"])
     image = file["observation"].transpose(0, 2, 3, 1)  # (L,C,Y,X) -> (L,Y,X,C)
     if image.dtype != np.uint8 or image.shape != (size, *shapes["image"]):
         raise ValueError(f"images are {image.dtype} {image.shape[1:]}, not uint8 {shapes['image']}")
     if file["action"].shape != (size, action_dim):
-        raise ValueError(f"actions are {file['action'].shape[1:]}, the environment's have {action_dim} numbers")
+        raise ValueError(f"actions have {file['action'].shape[1:]} numbers, the environment's {action_dim}")
     rows = {
         "image": image,
         "prev_action": file["action"].astype(np.float32),
@@ -1504,8 +1511,8 @@ def write_episode(folder: Path, number: int, rows: dict, vlm: str) -> Path:
     return path
 
 
-# -- vision-language models: `dim`, embed_text(texts) -> (n,E), and embed_frames(uint8 (n,Y,X,3)) -> (n,E), or, of
-# models of video, embed_clips(uint8 (n,8,Y,X,3)) -> (n,E); NumPy arrays --
+# -- vision-language models: `dim`, embed_text(texts) -> (n,E), and embed_frames(uint8 (n,Y,X,3)) -> (n,E), or,
+# of models of video, embed_clips(uint8 (n,8,Y,X,3)) -> (n,E); NumPy arrays --
 
 
 class SentenceVLM:
@@ -1513,7 +1520,11 @@ class SentenceVLM:
 
     def __init__(self, name: str, device: torch.device):
         if not Path(name).exists() and not reachable("https://huggingface.co"):
-            os.environ["HF_HUB_OFFLINE"] = "1"  # look into the cache, do not wait for the network
+            home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+            cached = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+            if not list(cached.glob(f"models--*{name.replace('/', '--')}")):
+                fail(f"--vlm {name}: there is no such folder, nothing in {cached}, and no network")
+            os.environ["HF_HUB_OFFLINE"] = "1"  # use the cache, do not wait for the network
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
@@ -1522,7 +1533,7 @@ class SentenceVLM:
             self.model = SentenceTransformer(name, device=str(device))
         except Exception as error:  # anything, by the library's version
             reason = str(error).strip().splitlines()[0]
-            fail(f"--vlm {name}: no such folder, nothing in the cache and no download ({reason})")
+            fail(f"--vlm {name} cannot be loaded: {reason}")
         self.dim = self.embed_text(["a"]).shape[-1]
 
     def embed_text(self, texts: list[str]) -> np.ndarray:
@@ -1534,7 +1545,7 @@ class SentenceVLM:
 
 
 class RandomVLM:
-    """A stand-in without weights: colours of a frame at random, texts without a meaning. For trying things out."""
+    """A stand-in without weights, for trying things out: texts have no meaning."""
 
     dim = 64
 
@@ -1580,8 +1591,8 @@ def load_vlm(name: str, device: torch.device):
 
 
 def embed_clips(vlm, frames: np.ndarray) -> torch.Tensor:
-    """Frames (L,Y,X,C) uint8 -> unit embeddings (L,E) of the clips of 8 frames that end in each; 7 rows are zero.
-    A model of single frames: e_t = normalize(mean of normalize(c_{t-7}) .. normalize(c_t)); their order is lost."""
+    """Frames (L,Y,X,C) uint8 -> unit embeddings (L,E) of the 8 frames that end in each; 7 rows are zero.
+    Single frames c: e_t = normalize(mean of normalize(c_{t-7}) .. normalize(c_t)); their order is lost."""
     frames = frames if frames.shape[-1] == 3 else frames[..., -1:].repeat(3, -1)  # gray; of a stack the last
     result = torch.zeros(len(frames), vlm.dim)
     if len(frames) < CLIP:
@@ -1592,8 +1603,10 @@ def embed_clips(vlm, frames: np.ndarray) -> torch.Tensor:
     else:
         windows = np.lib.stride_tricks.sliding_window_view(frames, CLIP, 0)  # (L-7,Y,X,C,8)
         windows = windows.transpose(0, 4, 1, 2, 3)
-        parts = [vlm.embed_clips(np.ascontiguousarray(windows[i : i + 64])) for i in range(0, len(windows), 64)]
-        clips = torch.as_tensor(np.concatenate(parts)).float()
+        parts = []
+        for i in range(0, len(windows), 64):
+            parts.append(torch.as_tensor(vlm.embed_clips(np.ascontiguousarray(windows[i : i + 64]))))
+        clips = torch.cat(parts).float().cpu()
     result[CLIP - 1 :] = normalize(clips)
     return result
 
@@ -1643,7 +1656,7 @@ def embed_prompt(args: Args, get_vlm, vl_dim: int) -> torch.Tensor:
     else:
         embed = torch.as_tensor(get_vlm().embed_text([prompt_text(args)])[0]).float().cpu()
     if embed.shape != (vl_dim,) or not embed.isfinite().all() or not embed.any():
-        fail(f"the prompt's embedding has {len(embed)} numbers (or some not finite), the data's have {vl_dim}")
+        fail(f"the prompt's embedding has {len(embed)} numbers, or some not finite; the data's have {vl_dim}")
     return normalize(embed)
 
 
@@ -1651,18 +1664,16 @@ def embed_prompt(args: Args, get_vlm, vl_dim: int) -> torch.Tensor:
 def report_gap(agent: Agent, replay: Replay, embed: torch.Tensor) -> dict[str, float]:
     """How far the prompt's embedding (E,) is from those of the data, before and after the aligner.
     The aligner is trained to restore what is atan(w / (1 - w)) away, w = --align-noise."""
-    count = min(32, 1 + replay.longest() // CLIP)
-    rows = replay.sample(count, min(replay.longest(), CLIP * 6))
-    data = rows["vl_embed"][CLIP - 1 :].flatten(0, 1).to(agent.device)
+    data = replay.data["vl_embed"].flatten(0, 1)[: replay.rows * replay.num_envs]
+    data = data[torch.randint(len(data), (100_000,), device=data.device)].to(agent.device)  # of all there are
     before = (data @ embed).max().item()
     after = (data @ agent.connector.aligner(embed)).max().item()
     noise = agent.args.align_noise
     trained = (1 - noise) / math.hypot(1 - noise, noise)
-    tan = math.sqrt(max(1 - before**2, 0)) / max(before, 1e-3)
-    say(
-        f"prompt: cosine {before:.2f} with the nearest clip of the data, {after:.2f} once aligned; the aligner was "
-        f"trained at {trained:.2f}" + (
-            f": consider --align-noise {tan / (1 + tan):.2f}" if abs(before - trained) > 0.15 else ""))
+    say(f"prompt: cosine {before:.2f} with the nearest clip of the data, {after:.2f} once aligned")
+    if abs(before - trained) > 0.15:
+        tan = math.sqrt(max(1 - before**2, 0)) / max(before, 1e-3)
+        say(f"the aligner was trained at cosine {trained:.2f}: consider --align-noise {tan / (1 + tan):.2f}")
     return {"prompt/cosine": before, "prompt/cosine_aligned": after}
 
 
@@ -1762,8 +1773,8 @@ def prompt_frames(args: Args, channels: int) -> torch.Tensor:
 
 @torch.no_grad()
 def prompt_video(agent: Agent, args: Args, limit: int = 68) -> tuple[torch.Tensor, dict]:
-    """Frames (T,Y,3*X,C): prompt, decoded target, and the policy in the environment for up to `limit` steps; and
-    how much what really happens resembles the target: for a task without a reward the only score."""
+    """Frames (T,Y,3*X,C): prompt, decoded target, and the policy in the environment for up to `limit` steps;
+    and how much what really happens resembles the target: for a task without a reward the only score."""
     envs = make_envs(args, 1, 3)
     agent.eval()
     row = envs.reset()
@@ -2053,8 +2064,19 @@ def log_evaluation(writer: SummaryWriter, results: dict[str, float], step: int) 
 # ==== end shared ====
 
 
+def choose_capacity(args: Args, files: list, ranks: int) -> int:
+    """Replay rows per environment, or per rank for the rows of all episode files."""
+    # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
+    capacity = min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
+    if files:
+        capacity = max(sum(rows for _, rows, _ in files[rank::ranks]) for rank in range(ranks))
+    if capacity < max(args.batch_length, args.policy_batch_length):
+        fail(f"replay of {capacity} rows per environment is shorter than --batch-length: --buffer-size")
+    return capacity
+
+
 def load_data(replay: Replay, episodes: list, shapes: dict, action_dim: int, vlm: str, vl_dim: int) -> None:
-    """Episode files into the replay, which then holds nothing else. What does not fit is named and left out."""
+    """Episode files into the replay, which then holds nothing else. What does not fit is left out, named."""
     skipped = 0
     for path, _, _ in tqdm(episodes, desc="read"):
         try:
@@ -2084,7 +2106,7 @@ def embed_replay(args: Args, replay: Replay, get_vlm, stop: list, folder: Path |
 
 
 def understand(args: Args, saved: dict, get_vlm) -> tuple[list, int, torch.Tensor, bool]:
-    """Episode files, width of the embeddings, the prompt's embedding, and whether it is another one than before.
+    """Episode files, width of the embeddings, the prompt's embedding, and whether it is another than before.
     All that needs the VLM's weights or the user's files comes first: hours later would be too late."""
     if saved and args.vlm != saved["args"]["vlm"]:
         fail(f"{args.resume} holds embeddings of --vlm {saved['args']['vlm']}, not of {args.vlm}")
@@ -2096,8 +2118,8 @@ def understand(args: Args, saved: dict, get_vlm) -> tuple[list, int, torch.Tenso
     return files, vl_dim, embed, bool(saved) and not same
 
 
-def resume(saved: dict, new_prompt: bool, agent: Agent, optimizer: Optimizers, replay: Replay, lost: int) -> None:
-    """Everything as it was; for a new prompt with a new actor and critic."""
+def resume(saved: dict, new_prompt: bool, agent: Agent, optimizer: Optimizers) -> None:
+    """Weights and optimisers as they were; for a new prompt a new actor and critic."""
     weights = dict(saved["agent"])
     states = dict(saved["optimizer"])
     if new_prompt:
@@ -2105,7 +2127,11 @@ def resume(saved: dict, new_prompt: bool, agent: Agent, optimizer: Optimizers, r
         states.update(actor=optimizer.actor.state_dict(), critic=optimizer.critic.state_dict())
     load_weights(agent, weights)
     optimizer.load_state_dict(states)
-    replay.load_state_dict(saved["replay"], lost)
+
+
+def due(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` was reached."""
+    return every > 0 and now // every > before // every
 
 
 def evaluate_prompt(agent: Agent, args: Args, stop: list) -> dict[str, float]:
@@ -2147,13 +2173,7 @@ def main(args: Args) -> None:
         agent.world.decoder.compile(dynamic=False)
 
     # ---- run directory and replay, as they were where a run is resumed ----
-    # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
-    capacity = min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
-    if files:
-        capacity = max(sum(rows for _, rows, _ in files[r::ranks]) for r in range(ranks))
-    capacity = saved.get("capacity", capacity)
-    if capacity < max(args.batch_length, args.policy_batch_length):
-        fail(f"replay of {capacity} rows per environment is shorter than a sequence: --buffer-size, --batch-length")
+    capacity = saved.get("capacity") or choose_capacity(args, files, ranks)
     run = make_run(args, device)
     held = lock(run) if rank == 0 else None
     specs = replay_specs(envs.shapes, envs.action_dim, vl_dim)
@@ -2162,8 +2182,8 @@ def main(args: Args) -> None:
     streams = 1 if args.data_dir else num_envs
     replay = Replay(specs, capacity, streams, run / f"replay{rank}", device, new=not saved)
     if saved:
-        lost = 0 if args.data_dir else rows_at_risk(args, step)
-        resume(saved, new_prompt, agent, optimizer, replay, lost)
+        resume(saved, new_prompt, agent, optimizer)
+        replay.load_state_dict(saved["replay"], lost=0 if args.data_dir else rows_at_risk(args, step))
         if rank == 0:
             restore_rng(saved["rng"])
     if files:
@@ -2172,8 +2192,8 @@ def main(args: Args) -> None:
     if rank == 0:
         count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
         print(f"{device}, {args.precision}: {count:,} parameters, embeddings of {vl_dim} numbers")
-        print(f"1/{args.train_every} updates per policy step (batch {args.batch_size} x {args.batch_length}), "
-              f"then {args.pretrain_updates} updates of the world model and {args.policy_updates} of the policy")
+        print(f"1/{args.train_every} updates per policy step (batch {args.batch_size} x {args.batch_length})")
+        print(f"then {args.pretrain_updates} updates of the world model, {args.policy_updates} of the policy")
         print(f"run directory {run}\nprompt: {prompt_text(args)}")
         writer = start_log(run, args, step + done["pretrain"] + done["policy"])
 
@@ -2181,9 +2201,6 @@ def main(args: Args) -> None:
     def clock() -> int:
         """Where metrics are drawn: policy steps of collection, then updates."""
         return step + done["pretrain"] + done["policy"]
-
-    def due(every: int, before: int, now: int) -> bool:
-        return every > 0 and now // every > before // every
 
     def log(metrics: dict, bar: tqdm) -> None:
         values = read_metrics(metrics, clock(), run)
@@ -2197,14 +2214,16 @@ def main(args: Args) -> None:
             vl_dim=vl_dim, prompt=prompt_text(args), embed=embed.cpu(), agent=agent.state_dict(),
             optimizer=optimizer.state_dict(), replay=replay.state_dict())
 
-    def look(make) -> None:
+    def look(phase: str) -> None:
         """Save a video and log its numbers, which changes nothing."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            video, results = make()
+            video, results = dream_video(agent, replay) if phase == "pretrain" else prompt_video(agent, args)
         save_gif(video, writer, clock())
         log_metrics(writer, results, clock())
 
     def score() -> None:
+        if not args.eval_episodes:
+            return
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             log_evaluation(writer, evaluate_prompt(agent, args, stop), clock())
 
@@ -2250,8 +2269,8 @@ def main(args: Args) -> None:
     bar.close()
     agent.exploring = False
 
-    def learn(phase: str, total: int, train, batch_size: int, make) -> None:
-        """Updates of a phase up to `total`; `make()` gives its video."""
+    def learn(phase: str, total: int, train, batch_size: int) -> None:
+        """Updates of a phase up to `total`."""
         nonlocal stopping
         bar = progress_bar(replace(args, total_timesteps=total), done[phase], rank)
         bar.set_description(phase)
@@ -2271,8 +2290,8 @@ def main(args: Args) -> None:
                 save()
             first = phase == "policy" and not before  # what the prompt is understood to mean
             if first or end or due(args.video_every, before, done[phase]):
-                look(make)
-            if phase == "policy" and not end and due(args.eval_every * bool(args.eval_episodes), before, done[phase]):
+                look(phase)
+            if phase == "policy" and not end and due(args.eval_every, before, done[phase]):
                 score()
         bar.close()
 
@@ -2283,7 +2302,7 @@ def main(args: Args) -> None:
             fail(f"no episode has the {needed} rows of --batch-length and --policy-batch-length")
         embed_replay(args, replay, get_vlm, stop, run / "episodes" if args.write_episodes else None)
         (stopping,) = sum_ranks([len(stop)], device)
-    learn("pretrain", args.pretrain_updates, train_world_model, batch_size, lambda: dream_video(agent, replay))
+    learn("pretrain", args.pretrain_updates, train_world_model, batch_size)
 
     # ---- understand the prompt, then learn in dreams to do what it says ----
     if not stopping:
@@ -2292,12 +2311,12 @@ def main(args: Args) -> None:
             agent.set_prompt(embed.to(device), policy_batch_size * args.policy_batch_length)
         if rank == 0 and not done["policy"]:
             log_metrics(writer, report_gap(agent, replay, embed.to(device)), clock())
-    learn("policy", args.policy_updates, train_behaviour, policy_batch_size, lambda: prompt_video(agent, args))
+    learn("policy", args.policy_updates, train_behaviour, policy_batch_size)
 
     # ---- the end ----
     if rank == 0:
         save()
-        if not stopping and args.eval_episodes:  # also after the resume of a run that had ended
+        if not stopping:  # also after the resume of a run that had ended
             score()
         print(f"saved at step {step} with updates {done} in {run}")
         writer.close()

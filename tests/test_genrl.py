@@ -459,8 +459,22 @@ def test_weight_decay_ignores_the_learning_rate():
     torch.testing.assert_close(norm, torch.tensor(3.0))
 
 
-def test_data_free_update_needs_no_replay():
-    agent = make_agent(data_free=True)
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates_in_bf16_are_close_to_those_in_fp32(name):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        agent = make_agent(precision=precision, batch_length=8, policy_batch_length=8)
+        agent.set_prompt(unit(), 16)
+        torch.manual_seed(1)
+        rows = make_rows()
+        metrics = getattr(m, name)(agent, m.Optimizers(agent, agent.args), Rows(rows), 2)
+        losses.append(float(metrics["losses/connector" if "world" in name else "losses/value"]))
+    assert abs(losses[0] - losses[1]) < 0.05 * abs(losses[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_data_free_update_needs_no_replay(precision):
+    agent = make_agent(data_free=True, precision=precision)
     agent.set_prompt(unit(), 8)
     metrics = m.train_behaviour(agent, m.Optimizers(agent, agent.args), None, 2)
     assert torch.isfinite(metrics["losses/policy"])
@@ -652,7 +666,8 @@ def test_prompts_of_every_kind(tmp_path):
     red = Image.new("RGB", (4, 4), "red")
     blue = Image.new("RGB", (4, 4), "blue")
     red.save(tmp_path / "still.png")
-    red.save(tmp_path / "film.gif", save_all=True, append_images=[blue] * 11)
+    film = [Image.new("RGB", (4, 4), (20 * i, 0, 255 - 20 * i)) for i in range(12)]  # a GIF joins equal frames
+    film[0].save(tmp_path / "film.gif", save_all=True, append_images=film[1:])
     np.save(tmp_path / "film.npy", np.stack([np.array(red)] * 4 + [np.array(blue)] * 4))
     np.save(tmp_path / "embedding.npy", np.full(E, 2.0))
     embeds = {
@@ -662,7 +677,8 @@ def test_prompts_of_every_kind(tmp_path):
     mix = lambda share: F.normalize(share * colours[0] + (1 - share) * colours[1], dim=-1)
     torch.testing.assert_close(embeds["still.png"], mix(1.0))
     torch.testing.assert_close(embeds["film.npy"], mix(0.5))
-    assert abs((embeds["film.gif"] @ mix(1 / 8)).item() - 1) < 1e-2  # the first 8 of 12 frames
+    first = m.embed_clips(FrameVLM(), np.stack([np.array(frame) for frame in film[:8]]))[-1]
+    assert embeds["film.gif"] @ first > 0.999
     text = m.embed_prompt(replace(args, prompt="words"), vlm, E)
     given = m.embed_prompt(replace(args, prompt_embedding=str(tmp_path / "embedding.npy")), None, E)
     torch.testing.assert_close(text, torch.full((E,), E**-0.5))
@@ -754,9 +770,8 @@ def test_a_new_prompt_keeps_the_world_and_begins_a_new_policy(tmp_path):
     assert before["done"]["policy"] == 3 and after["done"]["policy"] == 5
     assert before["done"]["pretrain"] == after["done"]["pretrain"]
     assert after["agent"]["behaviour.updates"] == 5
-    for name, value in before["agent"].items():
-        same = torch.equal(value, after["agent"][name])
-        assert same == (not name.startswith("behaviour") or "percentiles" in name and same), name
+    changed = {name.split(".")[0] for name, value in before["agent"].items() if not torch.equal(value, after["agent"][name])}
+    assert changed == {"behaviour"}
     tiny.call("genrl", ["--resume", str(run), "--policy-updates=6"])
     assert tiny.checkpoint(run)["agent"]["behaviour.updates"] == 6
 

