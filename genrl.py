@@ -5,7 +5,7 @@ Paper  Mazzaglia et al., "GenRL: Multimodal-foundation world models for generali
 Code   checked against mazpie/genrl at 4cd8394: same parameter counts, same losses (tests/golden)
 
     python genrl.py --env-id ALE/Pong-v5 --prompt "a paddle hitting the ball"
-    python genrl.py --env-id dm_control/walker-walk-v0 --data-dir episodes    # bring a dataset
+    python genrl.py --env-id shimmy:dm_control/walker-walk-v0 --data-dir episodes    # bring a dataset
     python genrl.py --resume runs/NAME --prompt-video dance.gif               # same world model, new prompt
     python genrl.py --preset tiny                 # every phase once, two minutes on a CPU
 
@@ -1641,7 +1641,7 @@ def prompt_text(args: Args) -> str:
     if args.prompt or args.prompt_video or args.prompt_embedding:
         return args.prompt or args.prompt_video or args.prompt_embedding
     name = re.sub(r".*[/:]|-v\d+$", "", args.env_id).replace("-", " ")
-    return PROMPTS.get(args.env_id, (name, None, None))[0]
+    return PROMPTS.get(args.env_id.rpartition(":")[2], (name, None, None))[0]
 
 
 def embed_prompt(args: Args, get_vlm, vl_dim: int) -> torch.Tensor:
@@ -2137,7 +2137,7 @@ def due(every: int, before: int, now: int) -> bool:
 def evaluate_prompt(agent: Agent, args: Args, stop: list) -> dict[str, float]:
     """`evaluate`, and the score of tasks whose 0 and 1 are known."""
     results = evaluate(agent, args, stop)
-    _, low, high = PROMPTS.get(args.env_id, (None, None, None))
+    _, low, high = PROMPTS.get(args.env_id.rpartition(":")[2], (None, None, None))
     if results and high is not None:
         results["eval/normalized_score"] = (results["eval/episodic_return"] - low) / (high - low)
     return results

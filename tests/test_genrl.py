@@ -684,7 +684,7 @@ def test_prompts_of_every_kind(tmp_path):
     torch.testing.assert_close(text, torch.full((E,), E**-0.5))
     torch.testing.assert_close(given, text)
     assert m.prompt_text(args) == "Catch"
-    assert m.prompt_text(m.Args(env_id="dm_control/walker-walk-v0")) == "walk fast clean"
+    assert m.prompt_text(m.Args(env_id="shimmy:dm_control/walker-walk-v0")) == "walk fast clean"
 
 
 def test_few_frames_are_repeated_and_many_are_thinned(tmp_path):
