@@ -45,6 +45,7 @@ FAST_V1 = dict(
     train_every=20,
     train_steps=10,
     learning_starts=500,
+    kl_scale=0.1,
     model_lr=1e-3,
     actor_lr=1e-4,
     critic_lr=3e-4,
@@ -59,7 +60,7 @@ TRACK_V1 = dict(
     batch_length=12,
     imag_horizon=8,
     gamma=0.95,
-    total_timesteps=30_000,
+    total_timesteps=15_000,
 )
 FAST_V2 = dict(
     QUIET,
@@ -154,7 +155,6 @@ CASES = {  # script: {case: (threshold on the mean of 20 returns, flags)}; rando
                 batch_length=8,
                 imag_horizon=8,
                 pred_discount=True,
-                kl_scale=0.1,
                 total_timesteps=20_000,
             ),
         ),
