@@ -32,8 +32,8 @@ and two KL weights instead of balancing; a block-diagonal GRU and RMSNorm; the d
 target; percentile-scaled returns; a critic that also learns from replay; one optimiser (LaProp, adaptive
 clipping) for one joint loss; latents kept in replay.
 Differences from the official code: 1 % uniform share in the policy (as in the paper); a time limit is not
-terminal; rows of resets are no policy steps; the policy acts on the newest weights and latents go back to replay
-at once; size12m (GPU) or size1m (CPU) by default instead of size200m.
+terminal; rows of resets are no policy steps; the policy acts on the newest weights and latents go back to
+replay at once; size12m (GPU) or size1m (CPU) by default instead of size200m.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -461,7 +461,8 @@ class WorldModel(nn.Module):
             target = rows["image"] / 255 if name == "image" else symlog(rows["vector"])
             losses[name] = (float32(recon) - target).square().flatten(2).sum(-1)  # summed over pixels; no 1/2
         losses["reward"] = twohot_loss(self.reward(feat), rows["reward"], self.bins)
-        cont = ~rows["is_terminal"] * self.args.gamma  # soft: a dream needs no other discount
+        # the discount is part of this soft target: a dream needs no other
+        cont = ~rows["is_terminal"] * self.args.gamma
         cont_logit = float32(self.cont(feat)[..., 0])
         losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont.to(cont_logit), reduction="none")
         with torch.no_grad():
@@ -532,6 +533,18 @@ class Behaviour(nn.Module):
         slow_value = twohot_mean(slow_logits.detach(), self.bins)
         return twohot_loss(logits, ret.detach(), self.bins) + twohot_loss(logits, slow_value, self.bins)
 
+    def actor_loss(self, feat, action, advantage, weight) -> tuple[torch.Tensor, torch.Tensor]:
+        """REINFORCE for discrete and continuous actions: -w_k (ln pi(a_k | s_k) A_k + eta H(pi(. | s_k))).
+        feat (H,N,F), action (H,N,A), advantage and weight (H,N), all constants -> loss and entropy (H,N)."""
+        policy = self.policy(feat)
+        if self.discrete:
+            log_prob = (policy * action).sum(-1)
+            bonus = entropy(policy)
+        else:
+            log_prob = policy.log_prob(action).sum(-1)
+            bonus = policy.entropy().sum(-1)
+        return -weight * (log_prob * advantage + self.args.ent_coef * bonus), bonus
+
     def imagination_losses(self, world: WorldModel, start: dict) -> tuple[dict, torch.Tensor, dict]:
         """Actor and critic losses (H,N), returns (H,N) of dreams from every posterior state. Eq. 5 to 7."""
         feat, action = self.imagine(world.rssm, start["deter"], start["stoch"])
@@ -545,16 +558,9 @@ class Behaviour(nn.Module):
         scale = self.return_scale(ret)
         advantage = (ret - value[:-1]) / scale
 
-        policy = self.policy(feat[:-1])
-        if self.discrete:
-            log_prob = (policy * action).sum(-1)
-            bonus = entropy(policy)
-        else:
-            log_prob = policy.log_prob(action).sum(-1)
-            bonus = policy.entropy().sum(-1)
-        losses = dict(
-            policy=-weight * (log_prob * advantage + self.args.ent_coef * bonus),
-            value=weight * self.value_loss(value_logits[:-1], slow_logits[:-1], ret))
+        actor_loss, bonus = self.actor_loss(feat[:-1], action, advantage, weight)
+        critic_loss = weight * self.value_loss(value_logits[:-1], slow_logits[:-1], ret)
+        losses = dict(policy=actor_loss, value=critic_loss)
         metrics = {
             "ac/entropy": bonus.mean().detach(),
             "ac/return": ret.mean(),
@@ -957,8 +963,8 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
 
 
 def rows_at_risk(args, step: int, more: int = 0) -> int:
-    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come `more`
-    steps late. An episode has one row more than it has steps."""
+    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come
+    `more` steps late. An episode has one row more than it has steps."""
     steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
     return 2 * steps // args.num_envs + 1
 
@@ -1007,7 +1013,8 @@ class Storage:
     def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
         """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one
         wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
-        no defined order, so all that share a position write the value of the last."""
+        no defined order, so all that share a position write the value of the last. With a copy on the GPU the
+        files keep what `add` wrote: it is what a resume begins with."""
         position = index.T.flatten()
         ordered, order = position.sort(stable=True)
         last = order[torch.searchsorted(ordered, position, right=True) - 1]
@@ -1101,7 +1108,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
             lengths[i].append(envs.length[i])
         if envs.length.max() >= limit:
             say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
-            for i in range(num_envs):
+            for i in np.flatnonzero(~row["is_last"]):
                 returns[i].append(envs.ret[i])
                 lengths[i].append(envs.length[i])
             break

@@ -298,7 +298,8 @@ def clip_labels(vl_embed: torch.Tensor) -> torch.Tensor:
 
 
 # -- the reward: a dream against the trajectory that the prompt asks for --
-# A view of states is a dict: stoch (T,N,S*K), and what the reward compares: project (T,N,P), log_probs (T,N,S,K).
+# A view of states is a dict: stoch (T,N,S*K), and what the reward compares: project (T,N,P), log_probs
+# (T,N,S,K).
 
 
 def similarity(kind: str, agent: dict, target: dict) -> torch.Tensor:
@@ -390,7 +391,7 @@ def deconvolve_pixel(x: torch.Tensor, conv: nn.ConvTranspose2d) -> torch.Tensor:
 
 
 class Encoder(nn.Module):
-    """Images (T,B,64,64,C) -> tokens (T,B,E), E = 32 * depth, by 4 x [4x4 convolution, stride 2, norm, SiLU]."""
+    """Images (T,B,64,64,C) -> tokens (T,B,E), E = 32 * depth, by 4 x [4x4 conv, stride 2, norm, SiLU]."""
 
     def __init__(self, channels: int, depth: int):
         super().__init__()
@@ -1025,7 +1026,7 @@ def train_explorer(agent: Agent, optimizer: Optimizers, replay: Replay, batch_si
 
 
 def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
-    """One policy update: dreams that should resemble the target, from replayed states or from none -> metrics.
+    """One policy update: dreams that should resemble the target, from replayed states or none -> metrics.
     World model and connector are frozen."""
     args = agent.args
     with torch.no_grad(), agent.autocast():
@@ -1262,8 +1263,8 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
 
 
 def rows_at_risk(args, step: int, more: int = 0) -> int:
-    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come `more`
-    steps late. An episode has one row more than it has steps."""
+    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come
+    `more` steps late. An episode has one row more than it has steps."""
     steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
     return 2 * steps // args.num_envs + 1
 
@@ -1312,7 +1313,8 @@ class Storage:
     def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
         """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one
         wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
-        no defined order, so all that share a position write the value of the last."""
+        no defined order, so all that share a position write the value of the last. With a copy on the GPU the
+        files keep what `add` wrote: it is what a resume begins with."""
         position = index.T.flatten()
         ordered, order = position.sort(stable=True)
         last = order[torch.searchsorted(ordered, position, right=True) - 1]
@@ -1699,7 +1701,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
             lengths[i].append(envs.length[i])
         if envs.length.max() >= limit:
             say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
-            for i in range(num_envs):
+            for i in np.flatnonzero(~row["is_last"]):
                 returns[i].append(envs.ret[i])
                 lengths[i].append(envs.length[i])
             break

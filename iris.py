@@ -1134,8 +1134,8 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
 
 
 def rows_at_risk(args, step: int, more: int = 0) -> int:
-    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come `more`
-    steps late. An episode has one row more than it has steps."""
+    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come
+    `more` steps late. An episode has one row more than it has steps."""
     steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
     return 2 * steps // args.num_envs + 1
 
@@ -1184,7 +1184,8 @@ class Storage:
     def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
         """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one
         wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
-        no defined order, so all that share a position write the value of the last."""
+        no defined order, so all that share a position write the value of the last. With a copy on the GPU the
+        files keep what `add` wrote: it is what a resume begins with."""
         position = index.T.flatten()
         ordered, order = position.sort(stable=True)
         last = order[torch.searchsorted(ordered, position, right=True) - 1]
@@ -1243,7 +1244,7 @@ class Replay(Storage):
         return table[table[:, 0] < table[:, 1]]
 
     def sequence(self, start, first, stop, env, length: int, names: str) -> dict:
-        """Named fields (length,B,...) and mask (length,B) from row `start` of the episodes first..stop (B)."""
+        """Named fields (length,B,...), mask (length,B) from row `start` of the episodes first..stop (B)."""
         row = start + torch.arange(length, device=self.device)[:, None]  # (length,B)
         mask = (first <= row) & (row < stop)
         row = row.clamp(first, stop - 1)
@@ -1340,7 +1341,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
             lengths[i].append(envs.length[i])
         if envs.length.max() >= limit:
             say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
-            for i in range(num_envs):
+            for i in np.flatnonzero(~row["is_last"]):
                 returns[i].append(envs.ret[i])
                 lengths[i].append(envs.length[i])
             break

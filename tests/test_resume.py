@@ -90,7 +90,7 @@ def test_two_runs_of_one_seed_are_equal(name, tmp_path):
     try:
         saved = []
         for folder in ("a", "b"):
-            run = tiny.run(name, tmp_path / folder, total_timesteps=60, eval_episodes=0, log_every=10**6)
+            run = tiny.run(name, tmp_path / folder, total_timesteps=40, eval_episodes=0, log_every=10**6)
             saved.append(tiny.checkpoint(run))
     finally:
         torch.set_num_threads(1)
