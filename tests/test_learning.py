@@ -60,7 +60,7 @@ TRACK_V1 = dict(
     batch_length=12,
     imag_horizon=8,
     gamma=0.95,
-    total_timesteps=15_000,
+    total_timesteps=30_000,
 )
 FAST_V2 = dict(
     QUIET,
