@@ -1359,7 +1359,8 @@ def check_positive(args: Args, names: str) -> None:
 
 def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
-    check_positive(args, "total_timesteps num_envs image_size batch_size train_ratio imag_horizon warmup agc")
+    check_positive(
+        args, "total_timesteps num_envs image_size batch_size train_ratio imag_horizon warmup agc save_every")
     if args.image_size % 16:
         fail("--image-size must be a multiple of 16")
     if args.batch_length < 2:

@@ -1513,8 +1513,8 @@ def write_episode(folder: Path, number: int, rows: dict, vlm: str) -> Path:
     return path
 
 
-# -- vision-language models: `dim`, embed_text(texts) -> (n,E), and embed_frames(uint8 (n,Y,X,3)) -> (n,E), or,
-# of models of video, embed_clips(uint8 (n,8,Y,X,3)) -> (n,E); NumPy arrays --
+# -- vision-language models: `dim`, embed_text(texts) -> (n,E), and embed_frames(uint8 (n,Y,X,3)) -> (n,E),
+# or, of models of video, embed_clips(uint8 (n,8,Y,X,3)) -> (n,E); NumPy arrays --
 
 
 class SentenceVLM:

@@ -1715,7 +1715,8 @@ def main(args: Args) -> None:
         epoch = min(epoch, step // args.epoch_steps)
     starts = dict(tokenizer=args.learning_starts, world=args.world_starts, behaviour=args.behaviour_starts)
     train = dict(tokenizer=train_tokenizer, world=train_world_model, behaviour=train_behaviour)
-    batch_size = dict(tokenizer=args.tokenizer_batch, world=args.batch_size, behaviour=args.batch_size)
+    batch_size = args.batch_size // ranks
+    batch_sizes = dict(tokenizer=args.tokenizer_batch // ranks, world=batch_size, behaviour=batch_size)
 
     def now() -> int:
         """The policy step, which goes on in epochs that only train."""
@@ -1781,7 +1782,7 @@ def main(args: Args) -> None:
                 if phase == "behaviour":
                     replay.reconstruct(agent)
                 while done[phase] < args.epoch_updates and not stopping:
-                    metrics.update(train[phase](agent, optimizers, replay, batch_size[phase]))
+                    metrics.update(train[phase](agent, optimizers, replay, batch_sizes[phase]))
                     done[phase] += 1
                     updates += 1
                     (stopping,) = sum_ranks([len(stop)], device)  # all ranks end with the same update

@@ -1726,7 +1726,8 @@ def check_positive(args: Args, names: str) -> None:
 def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
     check_positive(args, "total_timesteps num_envs batch_size batch_length imag_batch imag_horizon")
-    check_positive(args, "memory_length train_every frame_stack replay_temperature model_clip ac_clip save_every")
+    check_positive(args, "memory_length train_every frame_stack replay_temperature")
+    check_positive(args, "model_clip ac_clip save_every")
     if args.imag_batch > args.batch_size * args.batch_length:
         fail("--imag-batch must be at most --batch-size x --batch-length: dreams start in different states")
     if args.batch_length < 2 or args.width % 2:
@@ -1951,8 +1952,8 @@ def main(args: Args) -> None:
     # ---- the end ----
     bar.close()
     if not pretrained and not stopping and not stop:
-        fail(f"no update in {step} steps: --learning-starts {args.learning_starts} is not below the budget, or "
-             f"too small for {args.batch_size} sequences")
+        fail(f"no update in {step} steps: --learning-starts {args.learning_starts} is not below the budget, "
+             f"or too small for {args.batch_size} sequences")
     stopping = stopping or not pretrained
     if rank == 0:
         if metrics:
