@@ -19,6 +19,9 @@ SMALL = {
         deter=16, hidden=16, stoch=4, classes=4, cnn_depth=2, layers=1, units=16, batch_size=2, batch_length=6,
         imag_horizon=5, learning_starts=8, train_every=4, eval_every=0),
     "dreamer_v3": dict(size="size1m", image_size=16, batch_size=2, batch_length=6, train_ratio=6.0),
+    "dllm": dict(
+        size="size1m", image_size=16, batch_size=2, batch_length=6, train_ratio=6.0, embedder="hashing", num_goals=2,
+        goal_every=3),
     "iris": dict(
         image_size=16, epoch_steps=2, epoch_updates=1, extra_epochs=0, learning_starts=4, world_starts=4,
         behaviour_starts=6, tokenizer_batch=2, batch_size=2, batch_length=7, vocab_size=8, code_dim=4, channels=4,
