@@ -126,7 +126,7 @@ class Args:
     buffer_size: int = 5_000_000  # replay rows (official); an episode takes one more than it has steps
     batch_size: int = 16  # sequences per update, B (official)
     batch_length: int = 64  # steps per sequence, T (official)
-    train_ratio: float = 256.0  # replayed steps per policy step (official; paper: 128)
+    train_ratio: float = 256.0  # replayed steps per policy step (DreamerV3's; DLLM on Crafter: 512)
     # world model
     size: Literal[("auto", *SIZES)] = "auto"  # auto: size12m on a GPU, size1m on a CPU (official: size200m)
     free_nats: float = 1.0  # KL below which nothing is trained, nats per step (official)
@@ -635,13 +635,15 @@ class WorldModel(nn.Module):
 
     def caption_logits(self, feat: torch.Tensor) -> torch.Tensor:
         """--language-loss catxent: log-probabilities of the rows of the book that have a caption."""
-        known = torch.arange(self.language[-1].out_features, device=feat.device) < self.captions.known
+        known = torch.arange(len(self.captions.embeds), device=feat.device) < self.captions.known
         return float32(self.language(feat)).masked_fill(~known, -torch.inf).log_softmax(-1)
 
     def predict_caption(self, feat: torch.Tensor) -> torch.Tensor:
         """u_hat (...,E): the embedding of what has just happened in a state."""
         if self.args.language_loss == "catxent":
-            return self.caption_logits(feat).exp() @ self.captions.embeds
+            probs = self.caption_logits(feat).exp()
+            with torch.autocast(feat.device.type, enabled=False):  # trap: bf16 would round the mixture
+                return probs @ self.captions.embeds
         return symexp(float32(self.language(feat)))
 
     def language_loss(self, feat: torch.Tensor, rows: dict) -> torch.Tensor:
@@ -758,8 +760,8 @@ class Behaviour(nn.Module):
             reward, cont = world.predict_reward(feat), world.predict_cont(feat)
             # states 1..H: what is reached there is paid there, as the reward head pays; s_0 is no achievement
             score = match(world.predict_caption(feat[1:]), rows["goal_embed"].flatten(0, 1))
-            novelty = rows["novelty"].clamp(args.novelty_floor, args.novelty_ceil).flatten(0, 1)
             valid = (rows["goals"] >= 0).flatten(0, 1)
+            novelty = rows["novelty"].clamp(args.novelty_floor, args.novelty_ceil).flatten(0, 1) * valid
             int_reward, paid = intrinsic_reward(
                 score, novelty, valid, args.match_threshold, args.goal_hit, args.goal_reduce)
             reward[1:] += args.intrinsic_scale * int_reward
@@ -889,7 +891,9 @@ class Agent(nn.Module):
     def act(self, row: dict, state: dict) -> dict:
         """Row (N,...) and state -> new {deter, stoch, action} and the number of each caption; sampled in
         evaluation too (official)."""
-        caption = torch.tensor([self.captions.number(words) for words in row["caption"]], device=self.device)
+        # trap: zeros would have a cosine with anything, so no words are "do nothing"
+        words = [normalize(text) or "do nothing" for text in row["caption"]]
+        caption = torch.tensor([self.captions.number(phrase) for phrase in words], device=self.device)
         names = {"image", "vector", "is_first"} & row.keys()
         obs = {k: torch.as_tensor(row[k], device=self.device)[None] for k in names}
         obs["caption_embed"] = self.captions.embeds[caption][None]
@@ -928,7 +932,8 @@ def train_novelty(agent: Agent, optimizer: torch.optim.Adam, batch: dict) -> tup
     """One step of the predictor on a batch's goals -> their novelty (T,B,K), of before it, and metrics."""
     valid = batch["goals"] >= 0
     error = agent.rnd.error(batch["goal_embed"])
-    loss = torch.where(valid, error, 0).sum() / valid.sum().clamp(min=1)
+    count = gather_ranks(valid.sum()[None]).to(error).mean()  # ranks may differ in it, but divide by the same
+    loss = torch.where(valid, error, 0).sum() / count.clamp(min=1)
     loss.backward()
     average_ranks([p.grad for p in agent.rnd.predictor.parameters()])
     optimizer.step()
@@ -2438,6 +2443,8 @@ def main(args: Args) -> None:
     life = saved.get("life", -1) + 1  # how often the run was resumed
     if args.num_envs % ranks or args.batch_size % ranks:
         fail(f"--num-envs and --batch-size must be multiples of the {ranks} processes")
+    if ranks > 1 and args.language_loss == "catxent":
+        fail("--language-loss catxent needs one process: each would number its captions by itself")
     num_envs = args.num_envs // ranks
     batch_size = args.batch_size // ranks
 
