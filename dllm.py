@@ -1207,7 +1207,7 @@ class Captioner:
     threshold = 0.5  # M
 
     def __init__(self, env: gymnasium.Env):
-        """`env`: the environment itself, without wrappers."""
+        """`env`: the environment itself, without wrappers. Trap: on Atari a copy that is not played."""
         self.env = env
         self.happened = set()  # what `transition` said in this episode
 
@@ -1516,19 +1516,6 @@ class CaptionedEnvs(Envs):
         return row
 
 
-def load_class(flag: str, name: str):
-    """What FILE.py:NAME names."""
-    path, _, attribute = name.rpartition(":")
-    if not path.endswith(".py") or not Path(path).exists():
-        fail(f"--{flag}: there is no {path or name}; it must be FILE.py:CLASS")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, attribute):
-        fail(f"--{flag}: {path} has no {attribute}")
-    return getattr(module, attribute)
-
-
 def make_captioner(args: Args, env: gymnasium.Env) -> Captioner:
     """The one that --captioner names; auto: by the environment."""
     name = args.captioner
@@ -1536,7 +1523,17 @@ def make_captioner(args: Args, env: gymnasium.Env) -> Captioner:
         kind = args.env_id.split(":")[-1].split("-")[0]
         name = dict(crafter="crafter", BabyAI="grid", MiniGrid="grid").get(kind, "game")
     known = dict(crafter=CrafterCaptions, grid=GridCaptions, game=GameCaptions)
-    return known[name](env) if name in known else load_class("captioner", name)(env)
+    if name in known:
+        return known[name](env)
+    path, _, attribute = name.rpartition(":")
+    if not path.endswith(".py") or not Path(path).exists():
+        fail(f"--captioner {name}: neither {', '.join(known)} nor FILE.py:CLASS of a file that exists")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, attribute):
+        fail(f"--captioner {name}: the file has no {attribute}")
+    return getattr(module, attribute)(env)
 
 
 def register_optional(env_id: str) -> None:
@@ -1747,7 +1744,7 @@ class Server:
         def fetch() -> None:
             try:
                 with urllib.request.urlopen(request, timeout=self.args.llm_timeout) as response:
-                    answer.set_result(response.read())
+                    answer.set_result(response.read(1_000_000))  # whatever it sends, memory is safe
             except Exception as error:  # raised again by `result`
                 answer.set_exception(error)
 
@@ -2404,6 +2401,8 @@ def check_args(args: Args) -> None:
     check_positive(args, "num_goals goal_every llm_timeout")
     if args.goal_source != "offline" and not args.llm_model:
         fail(f"--goal-source {args.goal_source} needs --llm-model")
+    if re.search(r"\W", args.llm_key_env):  # flags are logged
+        fail("--llm-key-env must be the name of an environment variable, not the key")
     if not args.llm_url.startswith(("http://", "https://")):
         fail(f"--llm-url {args.llm_url} must begin with http:// or https://")
     if args.image_size % 16:
