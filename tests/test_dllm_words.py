@@ -211,6 +211,8 @@ GOALS = [  # the ground, things, items, achievements, goals
     ("path", ["stone", "coal", "iron", "table"], dict(wood=1, stone=5, wood_pickaxe=1),
      ["collect_wood", "place_table", "make_wood_pickaxe", "collect_stone"],
      "place furnace, make stone pickaxe, make stone sword, collect coal, place stone"),
+    ("path", ["stone"], {}, [],  # a tool that lacks counts double: collect stone is not among these
+     "collect wood, drink water, collect sapling, eat cow, attack zombie, place stone, attack skeleton, eat plant"),
 ]
 
 
@@ -222,8 +224,8 @@ def test_goals_of_crafter(scene, ground, things, items, achievements, goals):
     scene.player.inventory.update(items)
     for name in achievements:
         scene.player.achievements[name] = 1
-    assert ", ".join(scene.captioner.goals(5)) == goals
-    assert scene.captioner.goals(3) == goals.split(", ")[:3]
+    goals = goals.split(", ")
+    assert scene.captioner.goals(len(goals)) == goals and scene.captioner.goals(3) == goals[:3]
     assert sorted(scene.captioner.goals(22)) == sorted(scene.captioner.goal_phrases)
 
 
@@ -597,14 +599,6 @@ def test_a_captioner_of_ones_own(own_captioner, tmp_path):
     assert len(steps) == 4 * 15 and {step.strip() for step in steps} <= set(captions)
     for reached in re.findall(r"→ \*\*(.+?)\*\*", words):
         assert reached in goals
-
-
-@pytest.mark.parametrize("phrase", ["''", "' The.'"])
-def test_a_caption_without_words_is_refused(phrase, own_captioner, tmp_path, capfd):
-    path = Path(own_captioner.rpartition(":")[0])
-    path.write_text(OWN_CAPTIONER.replace('"do nothing"', phrase))
-    line = refused(capfd, "dllm", tiny.flags("dllm", tmp_path / "runs", captioner=own_captioner))
-    assert "CatchCaptions.transition" in line
 
 
 def test_more_goals_than_asked_for_and_empty_ones(own_captioner, tmp_path):
