@@ -155,8 +155,8 @@ class Args:
 PRESETS = {
     "default": {},
     "tiny": dict(
-        total_timesteps=600, learning_starts=300, pretrain_observation=1_600, pretrain_dynamics=1_600,
-        pretrain_behaviour=1_600, train_every=8.0, batch_size=8, batch_length=8, latents=8, classes=8,
+        total_timesteps=600, learning_starts=300, pretrain_observation=48_000, pretrain_dynamics=16_000,
+        pretrain_behaviour=8_000, train_every=4.0, batch_size=8, batch_length=8, latents=8, classes=8,
         cnn_depth=8, encoder_units=64, memory_length=8, layers=2, width=64, heads=2, head_dim=32,
         ff_units=128, head_layers=2, latent_units=64, scalar_units=64, imag_batch=32, imag_horizon=5,
         ac_layers=2, ac_units=64, model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, save_every=300, eval_every=0,
@@ -802,10 +802,7 @@ class Agent(nn.Module):
         """State before the first observation: an empty stack of frames."""
         height, width, channels = self.shapes["image"]
         stack = torch.zeros(num_envs, height, width, self.args.frame_stack * channels, dtype=torch.uint8)
-        return {
-            "stack": stack.to(self.device),
-            "action": torch.zeros(num_envs, self.action_dim, device=self.device),
-        }
+        return {"stack": stack.to(self.device)}
 
     def push(self, row: dict, state: dict) -> torch.Tensor:
         """Row (N,...) -> stack (N,Y,X,frames*C), oldest frame first. An episode begins with equal frames,
