@@ -538,7 +538,9 @@ class WorldModel(nn.Module):
 
     def entropy_loss(self, post_logits: torch.Tensor) -> torch.Tensor:
         """alpha_1 max(0, 0.1 - H): the encoder keeps a tenth of the greatest entropy, in the mean of the
-        batch (official). The term as it is mostly written, -alpha_1 H, is that of a threshold of 1."""
+        batch (official). The term as it is mostly written, -alpha_1 H, is that of a threshold of 1.
+        Trap: it is too weak for the first updates, when the decoder's error is largest. On Pong H falls to 0,
+        and one z stands for all images, within 75 updates; so does the official code's."""
         bits = entropy(float32(post_logits).log_softmax(-1))
         share = bits.mean() / math.log(self.args.classes)
         return self.args.enc_entropy_coef * entropy_hinge(share, self.args.enc_entropy_threshold)
