@@ -1080,10 +1080,10 @@ def shows_image(env_id: str) -> bool:
 # ==== end shared ====
 
 
-# ==== shared: environment with lives ====
 class LifeEnvs(Envs):
     """Atari in training: a lost life ends an episode of replay, the row after it begins the next one. The
-    game goes on; `ret`, `length` and `last` are those of whole games."""
+    game goes on; `ret`, `length` and `last` are those of whole games. twm.py has another class: there one row
+    ends a life and begins the next, and FIRE is asked for, in evaluations too (both official)."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, life_loss_info=True, **options)  # a lost life is terminated, without a reset
@@ -1101,7 +1101,6 @@ class LifeEnvs(Envs):
         self.lost = terminated & ~self.last
         is_last = terminated | truncated
         return self.row(obs, reward, is_first=is_first, is_last=is_last, is_terminal=terminated)
-# ==== end shared ====
 
 
 def make_envs(args: Args, num_envs: int, *key: int) -> Envs:

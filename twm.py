@@ -92,7 +92,7 @@ class Args:
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
     save_every: int = 5_000  # policy steps between checkpoints
     eval_every: int = 5_000  # policy steps between evaluations (official); 0: only one at the end
-    eval_episodes: int = 10  # episodes per evaluation (official; 100 at the end); 0: none
+    eval_episodes: int = 10  # episodes per evaluation (official: 10, and 100 at the end); 0: none
     video_every: int = 10_000  # policy steps between dream GIFs; 0: only at the end
     log_every: int = 1_000  # policy steps between metric logs
     # environment
@@ -106,7 +106,8 @@ class Args:
     learning_starts: int = 5_000  # random policy steps, then pre-training (official)
     pretrain_observation: int = 30_000_000  # images that pre-train the observation model (official)
     pretrain_dynamics: int = 15_000_000  # steps that pre-train the dynamics (official)
-    pretrain_behaviour: int = 35_000_000  # steps for actor and critic (official; meant, it seems: 5_000_000)
+    # official: 0.7 of 5e7, where 1 - 0.6 - 0.3 = 0.1 seems meant and 1 - 0.6 + 0.3 is written
+    pretrain_behaviour: int = 35_000_000  # steps that pre-train actor and critic
     train_every: float = 0.76  # policy steps per update (official: 7,600 samples each of what 1e9 leave)
     batch_size: int = 100  # sequences per update, B (official)
     batch_length: int = 16  # steps per sequence, T (official)
@@ -154,8 +155,8 @@ class Args:
 PRESETS = {
     "default": {},
     "tiny": dict(
-        total_timesteps=600, learning_starts=300, pretrain_observation=1_600, pretrain_dynamics=1_600,
-        pretrain_behaviour=1_600, train_every=8.0, batch_size=8, batch_length=8, latents=8, classes=8,
+        total_timesteps=600, learning_starts=300, pretrain_observation=48_000, pretrain_dynamics=16_000,
+        pretrain_behaviour=8_000, train_every=4.0, batch_size=8, batch_length=8, latents=8, classes=8,
         cnn_depth=8, encoder_units=64, memory_length=8, layers=2, width=64, heads=2, head_dim=32,
         ff_units=128, head_layers=2, latent_units=64, scalar_units=64, imag_batch=32, imag_horizon=5,
         ac_layers=2, ac_units=64, model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, save_every=300, eval_every=0,
@@ -249,14 +250,16 @@ def gae(reward: torch.Tensor, cont: torch.Tensor, value: torch.Tensor, lam: floa
 
 def visit_logits(visits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Balanced sampling: p = softmax(-v / tau). v counts how often a step was drawn as the START of a
-    sequence; the other steps of that sequence are not counted, nor are draws of the pre-training."""
+    sequence; the other steps of that sequence are not counted, nor are draws of the pre-training. With tau =
+    inf it is uniform, as in the paper (the official code's 'inf' is 1 - v / sum v)."""
     return -visits / temperature
 
 
 def first_visible(begin: torch.Tensor, memory: int, step: int = 0) -> torch.Tensor:
     """The first token that each token sees. begin (B,T): the step at which the episode of step t began, for
     steps step..step+T-1 -> (B,3*T). Token 3t is z_t, 3t+1 a_t, 3t+2 r_t. Within `memory` steps (official):
-    z_t and a_t see 3 (memory + 1) tokens before them, r_t those from z_{t-memory} on.
+    z_t and a_t see 3 (memory + 1) tokens before them, r_t those from z_{t-memory} on. Each layer reaches that
+    much further back; a training sequence of a context and T = memory steps is seen whole.
     r_t still belongs to the episode of step t, z_{t+1} to the next one: no token sees over an episode's
     end."""
     steps = step + torch.arange(begin.shape[1], device=begin.device)
@@ -506,8 +509,8 @@ class Dynamics(nn.Module):
         return self.transformer(tokens, first, 3 * step - 1, cache)[:, -1]
 
     def heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """h (...,D) -> logits of the next z (...,S,K), mean of the reward (...), logit of the discount
-        (...)."""
+        """h (...,D) -> logits of the next z (...,S,K), independent categoricals; mean of the reward (...), a
+        normal of deviation 1; logit of the discount (...), a Bernoulli with the label of `to_discount`."""
         x = F.silu(hidden)  # a LayerNorm comes before it (official)
         latent = self.latent(x).unflatten(-1, (self.args.latents, self.args.classes))
         return latent, self.reward(x)[..., 0], self.cont(x)[..., 0]
@@ -535,15 +538,17 @@ class WorldModel(nn.Module):
 
     def entropy_loss(self, post_logits: torch.Tensor) -> torch.Tensor:
         """alpha_1 max(0, 0.1 - H): the encoder keeps a tenth of the greatest entropy, in the mean of the
-        batch."""
+        batch (official). The term as it is mostly written, -alpha_1 H, is that of a threshold of 1.
+        Trap: it is too weak for the first updates, when the decoder's error is largest. On Pong H falls to 0,
+        and one z stands for all images, within 75 updates; so does the official code's."""
         bits = entropy(float32(post_logits).log_softmax(-1))
         share = bits.mean() / math.log(self.args.classes)
         return self.args.enc_entropy_coef * entropy_hinge(share, self.args.enc_entropy_threshold)
 
     def consistency_loss(self, post_logits: torch.Tensor, prior_logits: torch.Tensor) -> torch.Tensor:
         """alpha_2 H(p(z | h), p(z | o)): the encoder stays near what the dynamics predicted. The prediction
-        is only a target here, so the gradient is alpha_2 (p(z | o) - p(z | h)). Code; the paper prints H
-        with its arguments the other way round."""
+        is only a target here, so the gradient is alpha_2 (p(z | o) - p(z | h)). This is the official order of
+        arguments; texts on the paper mostly print the other one, the same term as the dynamics' own."""
         target = float32(prior_logits.detach()).softmax(-1)
         return self.args.consistency_coef * cross_entropy(target, post_logits).mean()
 
@@ -551,8 +556,8 @@ class WorldModel(nn.Module):
         """Predictions of steps 1..T (T,B,...), the encoder's logits of o_2..o_{T+1}, and what steps 1..T led
         to."""
         prior_logits, reward_mean, cont_logit = predicted
-        # the encoder's whole distribution is the target, not its sample, and is not trained by its own
-        # prediction
+        # H(p(z | o), p(z | h)): the encoder's whole distribution is the target, not its sample, and is not
+        # trained by its own prediction
         target = float32(target_logits.detach()).softmax(-1)
         # what follows an end is another episode: nothing to predict. Reward and discount of the end itself
         # count
@@ -608,7 +613,8 @@ class WorldModel(nn.Module):
 
 # ======== 5. behaviour ========
 class Behaviour(nn.Module):
-    """theta and xi: actor and critic on z alone, trained in dreams."""
+    """theta and xi: actor and critic on z alone, trained in dreams. Their input could be [z, h] (an option of
+    the official code) or the decoded image (IRIS); acting would need the Transformer or the decoder then."""
 
     def __init__(self, action_dim: int, args: Args):
         super().__init__()
@@ -696,8 +702,8 @@ class Behaviour(nn.Module):
             "ac/entropy_share": share.detach(),
             "ac/return": ret.mean(),
             "ac/value": value.detach().mean(),
-            "ac/dream_reward": dream["reward"].mean(),
-            "ac/dream_ends": dream["end"].sum(0).to(ret.dtype).mean(),
+            "ac/imag_reward": dream["reward"].mean(),
+            "ac/imag_ends": dream["end"].sum(0).to(ret.dtype).mean(),
         }
         return losses, metrics
 
@@ -798,10 +804,7 @@ class Agent(nn.Module):
         """State before the first observation: an empty stack of frames."""
         height, width, channels = self.shapes["image"]
         stack = torch.zeros(num_envs, height, width, self.args.frame_stack * channels, dtype=torch.uint8)
-        return {
-            "stack": stack.to(self.device),
-            "action": torch.zeros(num_envs, self.action_dim, device=self.device),
-        }
+        return {"stack": stack.to(self.device)}
 
     def push(self, row: dict, state: dict) -> torch.Tensor:
         """Row (N,...) -> stack (N,Y,X,frames*C), oldest frame first. An episode begins with equal frames,
@@ -1330,7 +1333,7 @@ class Replay(Storage):
         action = self.data["action"][rows[:-1], env].argmax(-1)
         reward = self.data["reward"][outcome, env]
         # where a life of the run ended without an end of the game, another game follows all the same
-        is_last = self.data["is_last"][outcome, env] | self.data["is_first"][rows[1:], env]
+        is_last = self.data["is_last"][outcome, env] | self.data["is_first"][rows[1:], env] & known
         return step, {
             "action": action * known,
             "reward": reward * known,
@@ -1411,7 +1414,8 @@ class Replay(Storage):
         return dict(rows=self.rows, visits=self.visits[:, : max(self.count)].cpu())
 
     def load_state_dict(self, state: dict, lost: int) -> None:
-        """The line is found again by the flags, the visits are in the checkpoint."""
+        """The line is found again by the flags. The visits are in the checkpoint, for all ranks those of
+        rank 0: they differ by chance only."""
         super().load_state_dict(state, lost)
         for number in range(self.rows):
             self.track(number, self.files["is_first"][number].tolist())
@@ -1500,10 +1504,10 @@ def save_gif(video: torch.Tensor, writer: SummaryWriter, step: int) -> None:
 @torch.no_grad()
 def dream_video(agent: Agent, replay: Replay, count: int = 4, context: int = 5) -> tuple[torch.Tensor, dict]:
     """Frames (T,3*Y,count*X,C) of replayed sequences side by side, rows truth, model, error, and the errors.
-    The first `context` steps see the images, the rest are dreamed with the recorded actions; the newest
-    frame of each stack is shown."""
+    The first `context` steps see images, rewards and ends, the rest are dreamed with nothing but the recorded
+    actions; the newest frame of each stack is shown."""
     args = agent.args
-    world = agent.world
+    world = agent.world.eval()  # no dropout; an evaluation may have been before
     context = min(context, args.batch_length // 2)
     starts = torch.tensor(replay.starts(args.batch_length))
     env = torch.multinomial(starts / starts.sum(), count, replacement=True)
@@ -1517,13 +1521,19 @@ def dream_video(agent: Agent, replay: Replay, count: int = 4, context: int = 5) 
     cache = world.dynamics.empty_cache(count, args.batch_length)
     begun = torch.zeros(2, count, dtype=torch.long, device=agent.device)  # of the step before, of this one
     latent = seen[0]
+    reward = batch["reward"][0]
     latents = []
-    for t in range(args.batch_length):
+    for t in range(args.batch_length):  # t = 0 is step 1 of the sequence
         latents.append(latent)
-        hidden = world.dynamics.step(cache, t, latent, batch["action"][1 + t], batch["reward"][t], begun)
-        prior_logits, _, _ = world.dynamics.heads(hidden)
-        latent = seen[t + 1] if t + 1 < context else mode_latent(prior_logits)
-        begun = torch.stack([begun[1], torch.where(batch["is_last"][1 + t], t + 1, begun[1])])
+        hidden = world.dynamics.step(cache, t, latent, batch["action"][1 + t], reward, begun)
+        prior_logits, reward, _ = world.dynamics.heads(hidden)
+        latent = mode_latent(prior_logits)
+        now_begun = begun[1]
+        if t + 1 < context:
+            latent = seen[t + 1]
+            reward = batch["reward"][1 + t]
+            now_begun = torch.where(batch["is_last"][1 + t], t + 1, now_begun)
+        begun = torch.stack([begun[1], now_begun])
 
     model = world.decoder(torch.stack(latents))
     error = (model - truth).square().flatten(2).sum(-1)
@@ -1726,12 +1736,15 @@ def check_positive(args: Args, names: str) -> None:
 def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
     check_positive(args, "total_timesteps num_envs batch_size batch_length imag_batch imag_horizon")
-    check_positive(args, "memory_length train_every frame_stack replay_temperature")
+    check_positive(args, "memory_length train_every frame_stack replay_temperature latents cnn_depth layers")
+    check_positive(args, "encoder_units width heads head_dim ff_units latent_units scalar_units ac_units")
     check_positive(args, "model_clip ac_clip save_every")
     if args.imag_batch > args.batch_size * args.batch_length:
         fail("--imag-batch must be at most --batch-size x --batch-length: dreams start in different states")
-    if args.batch_length < 2 or args.width % 2:
-        fail("--batch-length must be at least 2, --width even")
+    if args.batch_length < 2 or args.classes < 2 or args.width % 2:
+        fail("--batch-length and --classes must be at least 2, --width even")
+    if not 0 <= args.dropout < 1:
+        fail(f"--dropout must be at least 0 and below 1, got {args.dropout}")
     if args.precision == "auto":
         args.precision = "fp32"
     if not args.action_repeat:
@@ -1797,16 +1810,16 @@ PHASES = {"observation": pretrain_observation, "dynamics": pretrain_dynamics, "b
 
 def pretrain(agent: Agent, optimizer: Optimizers, replay: Replay, seen: dict, batch_size: int, report):
     """Train each part on the random steps until it has seen its budget. `seen`: images or steps so far, by
-    phase. report(phase, metrics) -> whether to stop -> whether all phases are done."""
-    ranks = agent.args.batch_size // batch_size
+    phase, of all ranks: their epochs differ in length, but they must make the same number of updates.
+    report(phase, metrics) -> whether to stop -> whether all phases are done."""
     for phase, train in PHASES.items():
-        budget = getattr(agent.args, f"pretrain_{phase}") // ranks
+        budget = getattr(agent.args, f"pretrain_{phase}")
         replay.queue = None
         if phase != "observation" and seen[phase] < budget and replay.logits is None:
             replay.encode(agent)
         while seen[phase] < budget:
             metrics, count = train(agent, optimizer, replay, batch_size)
-            seen[phase] += count
+            seen[phase] += sum_ranks([count], agent.device)[0]
             if report(phase, metrics):
                 return False
     replay.queue = None
@@ -1869,6 +1882,7 @@ def main(args: Args) -> None:
               f"{args.batch_length}, {args.imag_batch} dreams x {args.imag_horizon})")
         print(f"run directory {run}")
         writer = start_log(run, args, step)
+        pretrain_writer = SummaryWriter(str(run / "pretraining"))  # beyond the step, which a resume purges
 
     def due(every: int) -> bool:
         return every > 0 and step // every > before // every
@@ -1891,7 +1905,7 @@ def main(args: Args) -> None:
         pretrain_updates += 1
         if rank == 0 and pretrain_updates % 500 == 0:
             values = read_metrics(metrics, step, run)
-            log_metrics(writer, {f"pretrain_{phase}/{k}": v for k, v in values.items()}, seen[phase])
+            log_metrics(pretrain_writer, {f"{phase}/{k}": v for k, v in values.items()}, seen[phase])
             bar.set_postfix({phase: f"{seen[phase]:,}"})
             save()
         (stopping,) = sum_ranks([len(stop)], device)
@@ -1912,6 +1926,7 @@ def main(args: Args) -> None:
             if sum_ranks([ready], device) == [ranks]:
                 pretrained = pretrain(agent, optimizer, replay, seen, batch_size, report)
                 if not pretrained:
+                    stopping = True
                     break
         state = agent.act(row, state) if pretrained else agent.act_randomly(row, state)
         replay.add(row | state)
@@ -1951,10 +1966,9 @@ def main(args: Args) -> None:
 
     # ---- the end ----
     bar.close()
-    if not pretrained and not stopping and not stop:
+    if not pretrained and not stopping:
         fail(f"no update in {step} steps: --learning-starts {args.learning_starts} is not below the budget, "
              f"or too small for {args.batch_size} sequences")
-    stopping = stopping or not pretrained
     if rank == 0:
         if metrics:
             log_metrics(writer, read_metrics(metrics, step, run), step)
@@ -1965,6 +1979,7 @@ def main(args: Args) -> None:
             log_evaluation(writer, evaluate(agent, args, stop), step)
         print(f"saved at step {step} in {run}")
         writer.close()
+        pretrain_writer.close()
     if ranks > 1:
         dist.destroy_process_group()
 

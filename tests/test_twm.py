@@ -491,6 +491,7 @@ def test_context_before_the_beginning(tmp_path):
     assert step[:, 0].tolist() == [0, 0, 1, 2]
     assert batch["action"][:, 0].tolist() == [0, 0, 1]
     assert batch["reward"][:, 0].tolist() == [0, 1, 2]
+    assert not batch["is_last"].any()  # the context is seen
 
 
 def test_sampler_draws_in_proportion(tmp_path):
@@ -592,14 +593,67 @@ def test_default_schedule():
     assert counts[:7] == [1, 1, 1, 2, 1, 1, 2]
 
 
+def numbered_images(folder, rows: int):
+    """A replay of images of the size that the networks need, in one game."""
+    specs = m.replay_specs({"image": (64, 64, 1)}, 250)
+    replay = m.Replay(specs, 64, 1, folder, torch.device("cpu"), frames=2, temperature=20.0)
+    for i in range(rows):
+        replay.add(dict(numbered(i, first=i == 0), image=np.full((1, 64, 64, 1), i, np.uint8)))
+    return replay
+
+
+def test_a_video_is_told_the_context_only(tmp_path, monkeypatch):
+    """Two steps with image and reward, then the model's own latents and rewards; no dropout after an evaluation."""
+    agent = m.Agent({"image": (64, 64, 1)}, 250, True, m.Args(**{**SMALL, "dropout": 0.5})).train()
+    replay = numbered_images(tmp_path, 6)  # of five steps one sequence
+    dynamics = agent.world.dynamics
+    step = dynamics.step
+    heads = dynamics.heads
+    told = []
+    predicted = []
+
+    def watch_step(cache, t, latent, action, reward, begun):
+        told.append((latent, reward))
+        return step(cache, t, latent, action, reward, begun)
+
+    def watch_heads(hidden):
+        logits, reward, cont = heads(hidden)
+        predicted.append((m.mode_latent(logits), reward))
+        return logits, reward, cont
+
+    monkeypatch.setattr(dynamics, "step", watch_step)
+    monkeypatch.setattr(dynamics, "heads", watch_heads)
+    video, _ = m.dream_video(agent, replay, count=1)
+    assert video.shape == (5, 3 * 64, 64, 1)
+    assert told[1][1].item() == pytest.approx(math.tanh(1))  # the reward of the first action
+    for t in (2, 3, 4):
+        assert torch.equal(told[t][0], predicted[t - 1][0])
+        assert torch.equal(told[t][1], predicted[t - 1][1])
+    again, _ = m.dream_video(agent.train(), replay, count=1)
+    assert torch.equal(video, again)
+
+
+def test_ranks_pretrain_together(tmp_path, monkeypatch):
+    """`seen` is of all ranks, whose epochs are not equally long: with another one that has seen as much, half the
+    updates are due."""
+    updates = []
+    for others in (1, 2):
+        args = m.Args(**SMALL, pretrain_observation=240, pretrain_dynamics=120, pretrain_behaviour=120)
+        agent = m.Agent({"image": (64, 64, 1)}, 250, True, args).eval()
+        replay = numbered_images(tmp_path / str(others), 40)
+        monkeypatch.setattr(m, "sum_ranks", lambda counts, device: [others * count for count in counts])
+        seen = dict.fromkeys(m.PHASES, 0)
+        phases = []
+        m.pretrain(agent, m.Optimizers(agent, args), replay, seen, 3, lambda phase, metrics: phases.append(phase))
+        assert all(seen[phase] >= getattr(args, f"pretrain_{phase}") for phase in m.PHASES)
+        updates.append(len(phases))
+    assert 0.4 < updates[1] / updates[0] < 0.65
+
+
 def test_pretraining_stops_and_goes_on(tmp_path, monkeypatch):
     args = m.Args(**SMALL, pretrain_observation=100, pretrain_dynamics=60, pretrain_behaviour=40)
     agent = m.Agent({"image": (64, 64, 1)}, 250, True, args).eval()
-    specs = m.replay_specs({"image": (64, 64, 1)}, 250)
-    replay = m.Replay(specs, 64, 1, tmp_path, torch.device("cpu"), frames=2, temperature=20.0)
-    for i in range(40):
-        row = numbered(i, first=i == 0)
-        replay.add(dict(row, image=np.full((1, 64, 64, 1), i, np.uint8)))
+    replay = numbered_images(tmp_path, 40)
     optimizer = m.Optimizers(agent, args)
     seen = dict.fromkeys(m.PHASES, 0)
     before = {name: p.clone() for name, p in agent.named_parameters()}
@@ -660,6 +714,39 @@ def test_resume_in_each_phase(tmp_path, monkeypatch):
     last = tiny.checkpoint(run)
     assert last["step"] == 30
     assert last["replay"]["visits"].sum().item() == 2 * last["updates"] > visits
+
+
+def test_a_signal_to_another_rank_stops_the_pretraining(tmp_path, monkeypatch):
+    """This one saves and ends too, although it got none."""
+    import tiny
+
+    original = m.sum_ranks
+    monkeypatch.setattr(
+        m, "sum_ranks", lambda counts, device: [1] if counts == [0] and len(counts) == 1 else original(counts, device))
+    saved = tiny.checkpoint(tiny.run("twm", tmp_path))
+    assert saved["step"] == 7 and not saved["pretrained"]
+    assert saved["seen"]["observation"] > 0 and saved["seen"]["dynamics"] == 0
+
+
+def test_curves_of_the_pretraining_survive_a_resume(tmp_path, monkeypatch):
+    """They count images, far beyond the policy step from which on a resume purges what a killed life wrote."""
+    import tiny
+
+    monkeypatch.setitem(m.PHASES, "observation", lambda *args: ({"losses/recon": torch.ones(())}, 6))
+    run = tiny.run("twm", tmp_path, pretrain_observation=3_000, eval_episodes=0)
+    for _ in range(2):
+        scalars, _ = tiny.events(run / "pretraining")
+        assert len(scalars["observation/losses/recon"]) == 1
+        tiny.call("twm", ["--resume", str(run), "--total-timesteps=30"])
+
+
+@pytest.mark.parametrize("field, value", [
+    ("layers", 0), ("latents", 0), ("classes", 1), ("heads", 0), ("cnn_depth", 0), ("dropout", 1.0), ("width", 7)])
+def test_sizes_that_cannot_work(field, value, capfd):
+    with pytest.raises(SystemExit) as end:
+        m.check_args(replace(m.Args(), **{field: value}))
+    assert end.value.code == 2
+    assert f"--{field.replace('_', '-')}" in capfd.readouterr().err
 
 
 # ---- breakages that the tests must see ----
