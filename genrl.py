@@ -1606,6 +1606,8 @@ def load_vlm(name: str, device: torch.device):
         say("WARNING: --vlm random knows no language and no images: a prompt means nothing")
         return RandomVLM()
     path, _, factory = name.rpartition(":")
+    if factory.endswith(".py"):
+        fail(f"--vlm {name}: which class or function? FILE.py:FACTORY")
     if path.endswith(".py"):
         if not Path(path).exists():
             fail(f"--vlm: there is no {path}")
