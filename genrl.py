@@ -840,7 +840,8 @@ class Adam(torch.optim.Adam):
 
 
 class Optimizers:
-    """One Adam per loss: none moves another's parameters."""
+    """One Adam per loss: none moves another's parameters. (The official world model's also decays the
+    connector's weights, by one part in a million.)"""
 
     def __init__(self, agent: Agent, args: Args):
         model = partial(
@@ -955,14 +956,14 @@ class Agent(nn.Module):
         return similarity(kind, view, aligned), index
 
     @torch.no_grad()
-    def data_free_start(self, count: int, warmup: int = 5) -> dict:
+    def data_free_start(self, count: int, length: int, warmup: int = 5) -> dict:
         """States (count,...) to dream from, made without data: half of them random latents, half what
         the connector makes of random embeddings; then `warmup` steps, by random actions and by policy."""
         rssm = self.world.rssm
         half = count // 2
         uniform = torch.zeros(half, rssm.stoch, rssm.classes, device=self.device)
         # a new direction in every step, as the official code has it
-        length = 2 * CLIP  # official
+        length = max(length, 1)
         embed = normalize(torch.randn(length, math.ceil(half / length), self.vl_dim, device=self.device))
         described, _, _ = self.connector.rollout(self.connector.aligner(embed), sample=True)
         coin = torch.rand(half, 1, device=self.device) < 0.5
@@ -1033,7 +1034,7 @@ def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, batch_s
     with torch.no_grad(), agent.autocast():
         if args.data_free:
             count = batch_size * args.policy_batch_length
-            start = agent.data_free_start(count)
+            start = agent.data_free_start(count, args.policy_batch_length // 2)
         else:
             rows = get_rows(agent, replay, batch_size, args.policy_batch_length)
             post, _ = agent.world.observe(rows)
@@ -2188,13 +2189,6 @@ def resume(saved: dict, new_prompt: bool, agent: Agent, optimizer: Optimizers) -
     optimizer.load_state_dict(states)
 
 
-def compile_parts(agent: Agent) -> None:
-    """torch.compile of what runs once a step, and of the decoder."""
-    agent.world.rssm.core = torch.compile(agent.world.rssm.core, dynamic=False)
-    agent.connector.core = torch.compile(agent.connector.core, dynamic=False)
-    agent.world.decoder.compile(dynamic=False)
-
-
 def due(every: int, before: int, now: int) -> bool:
     """Whether a multiple of `every` was reached."""
     return every > 0 and now // every > before // every
@@ -2360,16 +2354,18 @@ def main(args: Args) -> None:
     torch.manual_seed(seed)  # other samples on every rank
     optimizer = Optimizers(agent, args)
     if args.compile == "on" or args.compile == "auto" and device.type == "cuda":
-        compile_parts(agent)
+        agent.world.rssm.core = torch.compile(agent.world.rssm.core, dynamic=False)
+        agent.connector.core = torch.compile(agent.connector.core, dynamic=False)
+        agent.world.decoder.compile(dynamic=False)
 
     # ---- run directory and replay, as they were where a run is resumed ----
     capacity = saved.get("capacity") or choose_capacity(args, files, ranks)
     run = make_run(args, device)
     held = lock(run) if rank == 0 else None
     specs = replay_specs(envs.shapes, envs.action_dim, vl_dim)
-    if not saved:
-        check_disk(run, specs, capacity * args.num_envs)
     streams = 1 if args.data_dir else num_envs
+    if not saved:
+        check_disk(run, specs, capacity * streams * ranks)
     replay = Replay(specs, capacity, streams, run / f"replay{rank}", device, new=not saved)
     if files:
         load_data(replay, files[rank::ranks], envs.shapes, envs.action_dim, args.vlm, vl_dim)

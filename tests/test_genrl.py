@@ -403,7 +403,7 @@ def test_data_free_starts(monkeypatch):
     calls = []
     step = agent.world.rssm.imagine_step
     monkeypatch.setattr(agent.world.rssm, "imagine_step", lambda *args: calls.append(args) or step(*args))
-    start = agent.data_free_start(24)
+    start = agent.data_free_start(24, 3)
     assert start["deter"].shape == (24, 8) and start["stoch"].shape == (24, S * K)
     assert (start["stoch"].unflatten(-1, (S, K)).sum(-1) == 1).all()
     assert len(calls) == 10
