@@ -715,16 +715,18 @@ def test_prompts_of_every_kind(tmp_path):
     red = Image.new("RGB", (4, 4), "red")
     blue = Image.new("RGB", (4, 4), "blue")
     red.save(tmp_path / "still.png")
+    red.save(tmp_path / "one.gif")
     film = [Image.new("RGB", (4, 4), (20 * i, 0, 255 - 20 * i)) for i in range(12)]  # a GIF joins equal frames
     film[0].save(tmp_path / "film.gif", save_all=True, append_images=film[1:])
     np.save(tmp_path / "film.npy", np.stack([np.array(red)] * 4 + [np.array(blue)] * 4))
     np.save(tmp_path / "embedding.npy", np.full(E, 2.0))
     embeds = {
         name: m.embed_prompt(replace(args, prompt=str(tmp_path / name)), vlm, E)
-        for name in ("still.png", "film.gif", "film.npy")}
+        for name in ("still.png", "one.gif", "film.gif", "film.npy")}
     colours = F.normalize(torch.as_tensor(FrameVLM().embed_frames(np.stack([np.array(red), np.array(blue)]))).float(), dim=-1)
     mix = lambda share: F.normalize(share * colours[0] + (1 - share) * colours[1], dim=-1)
     torch.testing.assert_close(embeds["still.png"], mix(1.0))
+    torch.testing.assert_close(embeds["one.gif"], mix(1.0))
     torch.testing.assert_close(embeds["film.npy"], mix(0.5))
     first = m.embed_clips(FrameVLM(), np.stack([np.array(frame) for frame in film[:8]]))[-1]
     assert embeds["film.gif"] @ first > 0.999
