@@ -935,6 +935,7 @@ def make_envs(args: Args, num_envs: int, *key: int) -> Envs:
         continuous=args.continuous)
 
 
+# ==== shared: dm_control ====
 def register_dm_control() -> None:
     """shimmy registers the dm_control/ ids when it is imported. Trap: MUJOCO_GL counts only before that, and
     without a display only egl (or osmesa) can draw."""
@@ -946,6 +947,7 @@ def register_dm_control() -> None:
         fail(f"dm_control cannot be loaded ({str(error).splitlines()[0]}); it needs "
              'pip install "shimmy[dm-control]==2.0.1" "dm_control==1.0.50" "mujoco==3.17.0" '
              "and, where there is no display, apt install libegl1 libgl1")
+# ==== end shared ====
 
 
 # ======== 8. replay ========

@@ -5,8 +5,8 @@ Paper  Mazzaglia et al., "GenRL: Multimodal-foundation world models for generali
 Code   checked against mazpie/genrl at 4cd8394: same parameter counts, same losses (tests/golden)
 
     python genrl.py --env-id ALE/Pong-v5 --prompt "a paddle hitting the ball"
-    python genrl.py --env-id shimmy:dm_control/walker-walk-v0 --data-dir episodes    # bring a dataset
-    python genrl.py --resume runs/NAME --prompt-video dance.gif               # same world model, new prompt
+    python genrl.py --env-id dm_control/walker-walk-v0 --data-dir episodes    # bring a dataset
+    python genrl.py --resume runs/NAME --prompt dance.gif     # same world model, new prompt: a video
     python genrl.py --preset tiny                 # every phase once, two minutes on a CPU
 
 Phases: collect (Plan2Explore) -> embed clips with the frozen VLM -> pre-train -> prompt -> dream -> evaluate.
@@ -121,9 +121,7 @@ class Args:
     train_every: int = 5  # policy steps per update during collection (official)
     # prompt
     vlm: str = "clip-ViT-B-32"  # sentence-transformers model, FILE.py:FACTORY, or random (meaningless)
-    prompt: str = ""  # text; empty: the environment's, from PROMPTS
-    prompt_video: str = ""  # image, GIF, .npy of frames (T,Y,X,3) uint8, or video; instead of a text
-    prompt_embedding: str = ""  # .npy with an embedding (E,); instead of a text
+    prompt: str = ""  # text, or a file in PROMPT_FILES; empty: the environment's, from PROMPTS
     # world model
     batch_size: int = 48  # sequences per update, B (official)
     batch_length: int = 48  # steps per sequence, T, whole clips of 8 (official)
@@ -174,6 +172,8 @@ PRESETS = {
         total_timesteps=1_000_000, pretrain_updates=500_000, policy_updates=50_000, eval_every=5_000,
         save_every=5_000, video_every=10_000),
 }
+# image, GIF, .npy of frames (T,Y,X,3) uint8 or of an embedding (E,); other videos: `ffmpeg -i x.mp4 x.gif`
+PROMPT_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy")
 # official prompts, and the returns that count as 0 and as 1
 PROMPTS = {
     "dm_control/walker-stand-v0": ("standing up straight", 150, 970),
@@ -840,7 +840,8 @@ class Adam(torch.optim.Adam):
 
 
 class Optimizers:
-    """One Adam per loss: none moves another's parameters."""
+    """One Adam per loss: none moves another's parameters. (The official world model's also decays the
+    connector's weights, by one part in a million.)"""
 
     def __init__(self, agent: Agent, args: Args):
         model = partial(
@@ -962,6 +963,7 @@ class Agent(nn.Module):
         half = count // 2
         uniform = torch.zeros(half, rssm.stoch, rssm.classes, device=self.device)
         # a new direction in every step, as the official code has it
+        length = max(length, 1)
         embed = normalize(torch.randn(length, math.ceil(half / length), self.vl_dim, device=self.device))
         described, _, _ = self.connector.rollout(self.connector.aligner(embed), sample=True)
         coin = torch.rand(half, 1, device=self.device) < 0.5
@@ -1241,8 +1243,25 @@ def shows_image(env_id: str) -> bool:
 # ==== end shared ====
 
 
+# ==== shared: dm_control ====
+def register_dm_control() -> None:
+    """shimmy registers the dm_control/ ids when it is imported. Trap: MUJOCO_GL counts only before that, and
+    without a display only egl (or osmesa) can draw."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        import shimmy  # noqa: F401
+        import dm_control.suite  # noqa: F401
+    except (ImportError, AttributeError, RuntimeError) as error:
+        fail(f"dm_control cannot be loaded ({str(error).splitlines()[0]}); it needs "
+             'pip install "shimmy[dm-control]==2.0.1" "dm_control==1.0.50" "mujoco==3.17.0" '
+             "and, where there is no display, apt install libegl1 libgl1")
+# ==== end shared ====
+
+
 def make_envs(args: Args, num_envs: int, *key: int) -> Envs:
     """Anything with `reset`, `step`, `shapes`, `action_dim`, `discrete`, `ret` and `length` will do."""
+    if "dm_control/" in args.env_id:
+        register_dm_control()
     return Envs(
         args, num_envs, make_seeds(num_envs, args.seed, *key), 64, pixels=not shows_image(args.env_id))
 
@@ -1432,14 +1451,15 @@ def replay_specs(shapes: dict, action_dim: int, vl_dim: int) -> dict:
 # -- episode files: one compressed .npz each, {number}-{time}-{uuid}-{rows}.npz (official format) --
 
 
-def find_episodes(folder: str, buffer_size: int) -> list[tuple[Path, int, int]]:
+def find_episodes(folder: str, buffer_size: int, shortest: int) -> list[tuple[Path, int, int]]:
     """(file, rows, width of its embeddings or 0) of the last files in order of their paths, up to
-    `buffer_size` rows. What cannot be read is named, counted and left out."""
+    `buffer_size` rows. What cannot be read, or is shorter than a sequence, is named, counted and left out."""
     if not Path(folder).is_dir():
         fail(f"--data-dir {folder} is no folder")
     found = []
     total = 0
     skipped = 0
+    unnamed = 0
     for path in sorted(Path(folder).rglob("*.npz"), reverse=True):
         if total >= buffer_size:
             break
@@ -1447,17 +1467,20 @@ def find_episodes(folder: str, buffer_size: int) -> list[tuple[Path, int, int]]:
             with np.load(path) as arrays:
                 rows = len(arrays["is_first"])
                 width = arrays["clip_video"].shape[-1] if "clip_video" in arrays else 0
+                unnamed += width > 0 and "vlm" not in arrays
         except Exception as error:  # a damaged file raises anything
             say(f"skipped {path}: {type(error).__name__} {error}")
             skipped += 1
             continue
-        if rows < CLIP:
-            say(f"skipped {path}: {rows} rows are less than a clip of {CLIP}")
+        if rows < shortest:
+            say(f"skipped {path}: {rows} rows are less than the {shortest} of a sequence")
             skipped += 1
             continue
         found.append((path, rows, width))
         total += rows
     print(f"{folder}: {len(found)} episodes, {total:,} rows; {skipped} files skipped")
+    if unnamed:  # trap: two models' embeddings may have one width, and nothing else in common
+        say(f"{unnamed} files do not name the model of their embeddings: taken for those of --vlm")
     if not found:
         fail(f"--data-dir {folder} has no episode that can be read")
     return found[::-1]
@@ -1484,11 +1507,12 @@ def read_episode(path: Path, shapes: dict, action_dim: int, vlm: str, vl_dim: in
         "is_terminal": file["is_terminal"].reshape(size),
         "vl_embed": np.zeros((size, vl_dim), np.float32),
     }
-    if not (np.isfinite(rows["reward"]).all() and np.isfinite(rows["prev_action"]).all()):
-        raise ValueError("a reward or action is not finite")
     labels = file.get("clip_video", rows["vl_embed"])
+    for numbers in (rows["reward"], rows["prev_action"], labels):
+        if not np.isfinite(numbers).all():
+            raise ValueError("a reward, action or embedding is not finite")
     if labels.shape == (size, vl_dim) and str(file.get("vlm", vlm)) == vlm and labels[-1].any():
-        rows["vl_embed"] = labels.astype(np.float32)
+        rows["vl_embed"] = normalize(torch.from_numpy(labels)).numpy()
         # trap: shipped files have 8 rows without an embedding; a sequence from row 0 would take that of row 7
         start = max(int((labels != 0).any(-1).argmax()) - (CLIP - 1), 0)
         rows = {name: x[start:] for name, x in rows.items()}
@@ -1501,7 +1525,7 @@ def write_episode(folder: Path, number: int, rows: dict, vlm: str) -> Path:
     """Rows (L,...) of an episode as a file."""
     size = len(rows["is_first"])
     now = time.strftime("%Y%m%dT%H%M%S")
-    path = folder / f"{number:06d}-{now}-{uuid.uuid4().hex}-{size}.npz"
+    path = folder / f"{number:08d}-{now}-{uuid.uuid4().hex}-{size}.npz"
     folder.mkdir(exist_ok=True)
     with open(path.with_suffix(".tmp"), "wb") as file:
         np.savez_compressed(
@@ -1533,10 +1557,11 @@ class SentenceVLM:
             fail("--vlm needs sentence-transformers: pip install sentence-transformers")
         try:
             self.model = SentenceTransformer(name, device=str(device))
+            self.dim = self.embed_text(["a"]).shape[-1]
+            self.embed_frames(np.zeros((1, 64, 64, 3), np.uint8))  # a model of text alone fails here
         except Exception as error:  # anything, by the library's version
             reason = str(error).strip().splitlines()[0]
-            fail(f"--vlm {name} cannot be loaded: {reason}")
-        self.dim = self.embed_text(["a"]).shape[-1]
+            fail(f"--vlm {name} cannot be used for texts and images: {reason}")
 
     def embed_text(self, texts: list[str]) -> np.ndarray:
         return self.model.encode(texts, show_progress_bar=False)
@@ -1582,12 +1607,16 @@ def load_vlm(name: str, device: torch.device):
         say("WARNING: --vlm random knows no language and no images: a prompt means nothing")
         return RandomVLM()
     path, _, factory = name.rpartition(":")
+    if factory.endswith(".py"):
+        fail(f"--vlm {name}: which class or function? FILE.py:FACTORY")
     if path.endswith(".py"):
         if not Path(path).exists():
             fail(f"--vlm: there is no {path}")
         spec = importlib.util.spec_from_file_location("vlm", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        if not hasattr(module, factory):
+            fail(f"--vlm: there is no {factory} in {path}")
         return getattr(module, factory)()
     return SentenceVLM(name, device)
 
@@ -1595,7 +1624,10 @@ def load_vlm(name: str, device: torch.device):
 def embed_clips(vlm, frames: np.ndarray) -> torch.Tensor:
     """Frames (L,Y,X,C) uint8 -> unit embeddings (L,E) of the 8 frames that end in each; 7 rows are zero.
     Single frames c: e_t = normalize(mean of normalize(c_{t-7}) .. normalize(c_t)); their order is lost."""
-    frames = frames if frames.shape[-1] == 3 else frames[..., -1:].repeat(3, -1)  # gray; of a stack the last
+    if frames.shape[-1] % 3 == 0:
+        frames = frames[..., -3:]  # of a stack the last
+    else:
+        frames = frames[..., -1:].repeat(3, -1)  # gray
     result = torch.zeros(len(frames), vlm.dim)
     if len(frames) < CLIP:
         return result
@@ -1613,50 +1645,54 @@ def embed_clips(vlm, frames: np.ndarray) -> torch.Tensor:
     return result
 
 
-def read_video(path: str) -> np.ndarray:
-    """Image, GIF, .npy or video file -> 8 frames (8,Y,X,3) uint8, as the official code takes them: a still is
-    repeated, of a long video every (length / 128)th frame, and the first 8 of those."""
-    if not Path(path).exists():
-        fail(f"--prompt-video: there is no {path}")
+def prompt_text(args: Args) -> str:
+    """The prompt: of the flag, of the table, or the environment's name."""
+    name = re.sub(r".*[/:]|-v\d+$", "", args.env_id).replace("-", " ")
+    text, _, _ = PROMPTS.get(args.env_id.rpartition(":")[2], (name, None, None))
+    return args.prompt or text
+
+
+def read_prompt(args: Args) -> np.ndarray | None:
+    """What is in the file that --prompt names, if it does: frames (T,Y,X,3) uint8, or an embedding (E,)."""
+    suffix = Path(args.prompt).suffix.lower()
+    if suffix not in PROMPT_FILES and not os.path.isfile(args.prompt):
+        return None
     try:
-        if path.endswith(".npy"):
-            frames = np.load(path)
-        elif Path(path).suffix.lower() in (".mp4", ".webm", ".avi", ".mov", ".mkv"):
-            import imageio.v3
-            frames = imageio.v3.imread(path, plugin="pyav")
+        if suffix == ".npy":
+            content = np.load(args.prompt)
         else:
-            with Image.open(path) as image:
-                frames = np.stack([np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
-    except ImportError:
-        fail(f"--prompt-video {path}: videos need `pip install imageio[pyav]`; a GIF does not")
+            with Image.open(args.prompt) as image:
+                frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+            content = np.stack(frames)
+    except FileNotFoundError:
+        fail(f"--prompt: there is no {args.prompt}")
     except Exception as error:  # a damaged file raises anything
-        fail(f"--prompt-video {path} cannot be read: {error}")
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-        fail(f"--prompt-video {path} has {frames.dtype} {frames.shape}, not uint8 frames (T,Y,X,3)")
+        fail(f"--prompt {args.prompt} cannot be read as one of {', '.join(PROMPT_FILES)}: {error}")
+    is_video = content.dtype == np.uint8 and content.ndim == 4 and content.shape[-1] == 3
+    is_embedding = content.dtype.kind == "f" and content.ndim > 0 and content.size == content.shape[-1]
+    if not (is_video or is_embedding) or content.size == 0:
+        fail(f"--prompt {args.prompt} has {content.dtype} {content.shape}, "
+             "not uint8 frames (T,Y,X,3) or floats (E,)")
+    return content
+
+
+def prompt_clip(frames: np.ndarray) -> np.ndarray:
+    """Frames (T,Y,X,3) -> 8 of them, as the official code takes them: a still is repeated, of a long video
+    every (length / 128)th frame, and the first 8 of those."""
     if len(frames) < CLIP:
         return frames[np.arange(CLIP) * len(frames) // CLIP]
     return frames[:: max(len(frames) // 128, 1)][:CLIP]
 
 
-def prompt_text(args: Args) -> str:
-    """The prompt in words: of the flag, of the table, or the environment's name."""
-    if args.prompt or args.prompt_video or args.prompt_embedding:
-        return args.prompt or args.prompt_video or args.prompt_embedding
-    name = re.sub(r".*[/:]|-v\d+$", "", args.env_id).replace("-", " ")
-    return PROMPTS.get(args.env_id.rpartition(":")[2], (name, None, None))[0]
-
-
 def embed_prompt(args: Args, get_vlm, vl_dim: int) -> torch.Tensor:
     """Unit embedding (E,) of the prompt. `get_vlm()` loads the model only where it is needed."""
-    if args.prompt_embedding:
-        try:
-            embed = torch.as_tensor(np.load(args.prompt_embedding)).float().flatten()
-        except Exception as error:  # a damaged file raises anything
-            fail(f"--prompt-embedding {args.prompt_embedding} cannot be read: {error}")
-    elif args.prompt_video:
-        embed = embed_clips(get_vlm(), read_video(args.prompt_video))[-1]
-    else:
+    content = read_prompt(args)
+    if content is None:
         embed = torch.as_tensor(get_vlm().embed_text([prompt_text(args)])[0]).float().cpu()
+    elif content.dtype == np.uint8:
+        embed = embed_clips(get_vlm(), prompt_clip(content))[-1]
+    else:
+        embed = torch.from_numpy(content).float().flatten()
     if embed.shape != (vl_dim,) or not embed.isfinite().all() or not embed.any():
         fail(f"the prompt's embedding has {len(embed)} numbers, or some not finite; the data's have {vl_dim}")
     return normalize(embed)
@@ -1673,7 +1709,7 @@ def report_gap(agent: Agent, replay: Replay, embed: torch.Tensor) -> dict[str, f
     noise = agent.args.align_noise
     trained = (1 - noise) / math.hypot(1 - noise, noise)
     say(f"prompt: cosine {before:.2f} with the nearest clip of the data, {after:.2f} once aligned")
-    if abs(before - trained) > 0.15:
+    if before < trained - 0.15:
         tan = math.sqrt(max(1 - before**2, 0)) / max(before, 1e-3)
         say(f"the aligner was trained at cosine {trained:.2f}: consider --align-noise {tan / (1 + tan):.2f}")
     return {"prompt/cosine": before, "prompt/cosine_aligned": after}
@@ -1763,8 +1799,9 @@ def dream_video(agent: Agent, replay: Replay, count: int = 4, context: int = 5) 
 
 def prompt_frames(args: Args, channels: int) -> torch.Tensor:
     """The prompt to look at, (T,64,64,C) in [0,1]: 8 frames, or its words."""
-    if args.prompt_video:
-        frames = [Image.fromarray(frame).resize((64, 64)) for frame in read_video(args.prompt_video)]
+    content = read_prompt(args)
+    if content is not None and content.dtype == np.uint8:
+        frames = [Image.fromarray(frame).resize((64, 64)) for frame in prompt_clip(content)]
     else:
         frames = [Image.new("RGB", (64, 64))]
         words = "\n".join(textwrap.wrap(prompt_text(args), 10))
@@ -1994,16 +2031,17 @@ def check_positive(args: Args, names: str) -> None:
 
 def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
-    check_positive(args, "num_envs batch_size policy_batch_size train_every slow_every model_clip save_every")
-    check_positive(args, "total_timesteps policy_batch_length")
+    check_positive(args, "total_timesteps num_envs batch_size policy_batch_size policy_batch_length")
+    check_positive(args, "train_every slow_every save_every buffer_size model_clip")
+    check_positive(args, "hidden stoch classes cnn_depth layers")
     if args.batch_length % CLIP or args.batch_length <= 0:
         fail(f"--batch-length {args.batch_length} must be a multiple of {CLIP}, the frames of a clip")
+    if args.imag_horizon < 2:
+        fail("--imag-horizon must be at least 2: H steps give H - 1 targets")
     if args.imag_horizon < CLIP and args.align == "sequence":
         fail(f"--imag-horizon must be at least {CLIP}, the steps that are aligned")
     if args.data_free and (args.policy_batch_size * args.policy_batch_length) % 2:
         fail("--data-free needs an even number of states: --policy-batch-size times --policy-batch-length")
-    if bool(args.prompt) + bool(args.prompt_video) + bool(args.prompt_embedding) > 1:
-        fail("--prompt, --prompt-video and --prompt-embedding: only one of them")
     gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
     if args.precision == "auto":
         args.precision = "bf16" if gpu else "fp32"
@@ -2073,7 +2111,8 @@ def choose_capacity(args: Args, files: list, ranks: int) -> int:
     if files:
         capacity = max(sum(rows for _, rows, _ in files[rank::ranks]) for rank in range(ranks))
     if capacity < max(args.batch_length, args.policy_batch_length):
-        fail(f"replay of {capacity} rows per environment is shorter than --batch-length: --buffer-size")
+        fail(f"replay of {capacity} rows per environment is shorter than --batch-length and "
+             "--policy-batch-length: --buffer-size, --total-timesteps")
     return capacity
 
 
@@ -2093,28 +2132,47 @@ def load_data(replay: Replay, episodes: list, shapes: dict, action_dim: int, vlm
         say(f"{skipped} of {len(episodes)} files skipped")
 
 
-def embed_replay(args: Args, replay: Replay, get_vlm, stop: list, folder: Path | None) -> None:
-    """Embeddings for all episodes that have none; one after the other, so it can be interrupted.
-    `folder`: where finished episodes are written as files, if they are."""
+def check_lengths(args: Args, replay: Replay) -> None:
+    """Fail if no episode, finished or running, can ever be replayed."""
+    needed = max(args.batch_length, args.policy_batch_length)
+    if replay.longest() < needed:
+        fail(f"no episode has the {needed} rows of --batch-length and --policy-batch-length")
+
+
+def embed_replay(replay: Replay, get_vlm, stop: list) -> None:
+    """Embeddings for all episodes that have none; one after the other, so it can be interrupted."""
     for first, rows, env in tqdm(replay.episodes(), desc="embed", unit="episode"):
         if stop:
             return
         episode = replay.episode(first, rows, env)
         if rows >= CLIP and not episode["vl_embed"][-1].any():
             replay.label(first, env, embed_clips(get_vlm(), episode["image"].numpy()))
-    if folder and not folder.exists():
-        for number, place in enumerate(tqdm(replay.finished, desc="write", unit="episode")):
-            write_episode(folder, number, replay.episode(*place), args.vlm)
+
+
+def write_episodes(replay: Replay, folder: Path, vlm: str, stop: list) -> None:
+    """All finished episodes as files, but for those that are there. A file's number tells its first row."""
+    written = {int(path.name.split("-")[0]) for path in folder.glob("*.npz")}
+    for first, rows, env in tqdm(replay.finished, desc="write", unit="episode"):
+        if stop:
+            return
+        number = first * replay.num_envs + env
+        if number not in written:
+            write_episode(folder, number, replay.episode(first, rows, env), vlm)
 
 
 def understand(args: Args, saved: dict, get_vlm) -> tuple[list, int, torch.Tensor, bool]:
     """Episode files, width of the embeddings, the prompt's embedding, and whether it is another than before.
     All that needs the VLM's weights or the user's files comes first: hours later would be too late."""
-    if saved and args.vlm != saved["args"]["vlm"]:
-        fail(f"{args.resume} holds embeddings of --vlm {saved['args']['vlm']}, not of {args.vlm}")
-    files = find_episodes(args.data_dir, args.buffer_size) if args.data_dir and not saved else []
+    for name in ("vlm", "data_dir"):
+        if saved and getattr(args, name) != saved["args"][name]:
+            flag = name.replace("_", "-")
+            fail(f"{args.resume} was made with --{flag} {saved['args'][name]!r}: its data cannot change")
+    files = []
+    if args.data_dir and not saved:
+        files = find_episodes(args.data_dir, args.buffer_size, args.batch_length)
     widths = {width for _, _, width in files}
     vl_dim = saved.get("vl_dim") or (widths.pop() if len(widths) == 1 else 0) or get_vlm().dim
+    read_prompt(args)  # also where the embedding is known: the videos to come show it
     same = prompt_text(args) == saved.get("prompt")
     embed = saved["embed"] if same else embed_prompt(args, get_vlm, vl_dim)
     return files, vl_dim, embed, bool(saved) and not same
@@ -2145,12 +2203,140 @@ def evaluate_prompt(agent: Agent, args: Args, stop: list) -> dict[str, float]:
     return results
 
 
+class Session:
+    """What the phases share: the agent and what trains it, its data, how far it is, its log (of rank 0)."""
+
+    def __init__(self, args, agent, optimizer, replay, run: Path, rank: int, ranks: int, saved: dict):
+        self.args = args
+        self.agent = agent
+        self.optimizer = optimizer
+        self.replay = replay
+        self.run = run
+        self.rank = rank
+        self.ranks = ranks
+        self.device = agent.device
+        self.step = saved.get("step", 0)  # policy steps of collection, over all environments and ranks
+        self.done = dict(saved.get("done", dict(explore=0, pretrain=0, policy=0)))  # updates of each kind
+        self.stop = stop_signals()
+        self.stopping = False  # the same on all ranks
+        self.kept = {}  # what the checkpoint holds besides
+        self.writer = None
+
+    @property
+    def clock(self) -> int:
+        """Where metrics are drawn: policy steps of collection, then updates."""
+        return self.step + self.done["pretrain"] + self.done["policy"]
+
+    def log(self, metrics: dict, bar: tqdm) -> None:
+        values = read_metrics(metrics, self.clock, self.run)
+        values["charts/frames"] = self.step * self.args.action_repeat
+        values.update(speeds(bar, bar.n, bar.n - bar.initial))
+        log_metrics(self.writer, values, self.clock)
+
+    def save(self) -> None:
+        save_checkpoint(
+            self.run, self.args, step=self.step, done=self.done, updates=sum(self.done.values()), **self.kept,
+            agent=self.agent.state_dict(), optimizer=self.optimizer.state_dict(),
+            replay=self.replay.state_dict())
+
+    def fork_rng(self):
+        """Evaluations and videos change nothing of what follows."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
+    def look(self, phase: str) -> None:
+        """Save a video and log its numbers."""
+        with self.fork_rng():
+            if phase == "pretrain":
+                video, results = dream_video(self.agent, self.replay)
+            else:
+                video, results = prompt_video(self.agent, self.args)
+        save_gif(video, self.writer, self.clock)
+        log_metrics(self.writer, results, self.clock)
+
+    def score(self) -> None:
+        """Evaluate the policy."""
+        if self.args.eval_episodes > 0:
+            with self.fork_rng():
+                results = evaluate_prompt(self.agent, self.args, self.stop)
+            log_evaluation(self.writer, results, self.clock)
+
+    def collect(self, envs: Envs, batch_size: int) -> None:
+        """Act, store, and learn to explore, up to `total_timesteps`."""
+        args, agent, replay, done = self.args, self.agent, self.replay, self.done
+        agent.exploring = True
+        metrics = {}
+        ret = math.nan
+        bar = progress_bar(args, self.step, self.rank)
+        row = envs.reset()
+        state = agent.initial(envs.num_envs)
+        no_label = torch.zeros(envs.num_envs, agent.vl_dim)  # until the clips are embedded
+        while self.step < args.total_timesteps and not self.stopping:
+            replay.add(row | {"prev_action": state["action"], "vl_embed": no_label})
+            state = agent.act(row, state) if done["explore"] else agent.act_randomly(envs.num_envs)
+            ended = row["is_last"]
+            state["action"][torch.as_tensor(ended)] = 0  # no action follows an episode's end
+            episodes = list(zip(envs.ret[ended], envs.length[ended]))
+            ready = replay.longest() >= args.batch_length
+            counts = [(~row["is_first"]).sum(), len(self.stop), ready]
+            decisions, self.stopping, ready = sum_ranks(counts, self.device)
+            before = self.step
+            self.step += decisions
+            row = envs.step(state["action"].cpu().numpy())
+
+            begun = self.step >= args.learning_starts
+            if begun and before < args.learning_starts and replay.finished:
+                check_lengths(args, replay)
+            if args.collect_policy == "plan2explore" and begun and ready == self.ranks:
+                if due(args.train_every, before, self.step) or not done["explore"]:
+                    metrics = train_explorer(agent, self.optimizer, replay, batch_size)
+                    done["explore"] += 1
+
+            if self.rank > 0:
+                continue
+            for ret, length in episodes:
+                say(f"global_step={self.step}, episodic_return={ret}")
+                results = {"charts/episodic_return": ret, "charts/episodic_length": length}
+                log_metrics(self.writer, results, self.step)
+            bar.set_postfix(episodic_return=ret, updates=done["explore"], refresh=False)
+            bar.update(self.step - before)
+            if metrics and due(args.log_every, before, self.step):
+                self.log(metrics, bar)
+            if due(args.save_every, before, self.step):
+                self.save()
+        bar.close()
+        agent.exploring = False
+
+    def learn(self, phase: str, total: int, train, batch_size: int) -> None:
+        """Updates of a phase up to `total`."""
+        args, done = self.args, self.done
+        bar = progress_bar(replace(args, total_timesteps=total), done[phase], self.rank)
+        bar.set_description(phase)
+        bar.unit = "update"
+        while done[phase] < total and not self.stopping:
+            metrics = train(self.agent, self.optimizer, self.replay, batch_size)
+            (self.stopping,) = sum_ranks([len(self.stop)], self.device)
+            before = done[phase]
+            done[phase] += 1
+            if self.rank > 0:
+                continue
+            bar.update(1)
+            end = done[phase] == total
+            if end or due(args.log_every, before, done[phase]):
+                self.log(metrics, bar)
+            if end or due(args.save_every, before, done[phase]):
+                self.save()
+            first = phase == "policy" and before == 0  # what the prompt is understood to mean
+            if first or end or due(args.video_every, before, done[phase]):
+                self.look(phase)
+            if phase == "policy" and not end and due(args.eval_every, before, done[phase]):
+                self.score()
+        bar.close()
+
+
 def main(args: Args) -> None:
     rank, ranks, device = start_ranks(args.device)
     keep_freed_memory()
     saved = load_checkpoint(Path(args.resume)) if args.resume else {}
-    step = saved.get("step", 0)  # policy steps of collection, over all environments and ranks
-    done = dict(saved.get("done", dict(explore=0, pretrain=0, policy=0)))  # updates of each kind
     life = saved.get("life", -1) + 1  # how often the run was resumed
     if args.num_envs % ranks or args.batch_size % ranks or args.policy_batch_size % ranks:
         fail(f"--num-envs, --batch-size and --policy-batch-size must be multiples of the {ranks} processes")
@@ -2163,8 +2349,6 @@ def main(args: Args) -> None:
     envs = make_envs(args, num_envs, 0, rank, life)  # after a resume other episodes than before
     get_vlm = cache(partial(load_vlm, args.vlm, device))
     files, vl_dim, embed, new_prompt = understand(args, saved, get_vlm)
-    if new_prompt:
-        done["policy"] = 0
     torch.manual_seed(args.seed)  # the same weights on every rank
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args, vl_dim).to(device)
     torch.manual_seed(seed)  # other samples on every rank
@@ -2179,149 +2363,57 @@ def main(args: Args) -> None:
     run = make_run(args, device)
     held = lock(run) if rank == 0 else None
     specs = replay_specs(envs.shapes, envs.action_dim, vl_dim)
-    if not saved:
-        check_disk(run, specs, capacity * args.num_envs)
     streams = 1 if args.data_dir else num_envs
+    if not saved:
+        check_disk(run, specs, capacity * streams * ranks)
     replay = Replay(specs, capacity, streams, run / f"replay{rank}", device, new=not saved)
-    if saved:
-        resume(saved, new_prompt, agent, optimizer)
-        replay.load_state_dict(saved["replay"], lost=0 if args.data_dir else rows_at_risk(args, step))
-        if rank == 0:
-            restore_rng(saved["rng"])
     if files:
         load_data(replay, files[rank::ranks], envs.shapes, envs.action_dim, args.vlm, vl_dim)
+    session = Session(args, agent, optimizer, replay, run, rank, ranks, saved)
+    session.kept = dict(life=life, capacity=capacity, vl_dim=vl_dim, prompt=prompt_text(args), embed=embed)
+    if saved:
+        resume(saved, new_prompt, agent, optimizer)
+        replay.load_state_dict(saved["replay"], lost=0 if args.data_dir else rows_at_risk(args, session.step))
+        if rank == 0:
+            restore_rng(saved["rng"])
+    if new_prompt:
+        session.done["policy"] = 0
 
     if rank == 0:
         count = sum(p.numel() for p in agent.parameters() if p.requires_grad)
         print(f"{device}, {args.precision}: {count:,} parameters, embeddings of {vl_dim} numbers")
         print(f"1/{args.train_every} updates per policy step (batch {args.batch_size} x {args.batch_length})")
         print(f"then {args.pretrain_updates} updates of the world model, {args.policy_updates} of the policy")
-        print(f"run directory {run}\nprompt: {prompt_text(args)}")
-        writer = start_log(run, args, step + done["pretrain"] + done["policy"])
+        print(f"run directory {run}\nprompt: {prompt_text(args)}", flush=True)
+        session.writer = start_log(run, args, session.clock)
 
-    # ---- what happens now and then, on rank 0 ----
-    def clock() -> int:
-        """Where metrics are drawn: policy steps of collection, then updates."""
-        return step + done["pretrain"] + done["policy"]
-
-    def log(metrics: dict, bar: tqdm) -> None:
-        values = read_metrics(metrics, clock(), run)
-        values["charts/frames"] = step * args.action_repeat
-        values.update(speeds(bar, bar.n, bar.n - bar.initial))
-        log_metrics(writer, values, clock())
-
-    def save() -> None:
-        save_checkpoint(
-            run, args, step=step, done=done, updates=sum(done.values()), life=life, capacity=capacity,
-            vl_dim=vl_dim, prompt=prompt_text(args), embed=embed.cpu(), agent=agent.state_dict(),
-            optimizer=optimizer.state_dict(), replay=replay.state_dict())
-
-    def look(phase: str) -> None:
-        """Save a video and log its numbers, which changes nothing."""
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            video, results = dream_video(agent, replay) if phase == "pretrain" else prompt_video(agent, args)
-        save_gif(video, writer, clock())
-        log_metrics(writer, results, clock())
-
-    def score() -> None:
-        if not args.eval_episodes:
-            return
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            log_evaluation(writer, evaluate_prompt(agent, args, stop), clock())
-
-    # ---- collect: act, store, learn to explore ----
-    stop = stop_signals()
-    stopping = False
-    metrics = {}
-    ret = math.nan
-    budget = 0 if args.data_dir else args.total_timesteps
-    bar = progress_bar(replace(args, total_timesteps=budget), step, rank)
-    agent.exploring = True
-    row = envs.reset()
-    state = agent.initial(num_envs)
-    no_label = torch.zeros(num_envs, vl_dim)  # until the clips are embedded
-    while step < budget and not stopping:
-        replay.add(row | {"prev_action": state["action"], "vl_embed": no_label})
-        state = agent.act(row, state) if done["explore"] else agent.act_randomly(num_envs)
-        ended = row["is_last"]
-        state["action"][torch.as_tensor(ended)] = 0  # no action follows an episode's end
-        episodes = list(zip(envs.ret[ended], envs.length[ended]))
-        ready = replay.longest() >= args.batch_length
-        decisions, stopping, ready = sum_ranks([(~row["is_first"]).sum(), len(stop), ready], device)
-        before = step
-        step += decisions
-        row = envs.step(state["action"].cpu().numpy())
-
-        if args.collect_policy == "plan2explore" and step >= args.learning_starts and ready == ranks:
-            if due(args.train_every, before, step) or not done["explore"]:
-                metrics = train_explorer(agent, optimizer, replay, batch_size)
-                done["explore"] += 1
-
-        if rank > 0:
-            continue
-        for ret, length in episodes:
-            say(f"global_step={step}, episodic_return={ret}")
-            log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": length}, step)
-        bar.set_postfix(episodic_return=ret, updates=done["explore"], refresh=False)
-        bar.update(step - before)
-        if metrics and due(args.log_every, before, step):
-            log(metrics, bar)
-        if due(args.save_every, before, step):
-            save()
-    bar.close()
-    agent.exploring = False
-
-    def learn(phase: str, total: int, train, batch_size: int) -> None:
-        """Updates of a phase up to `total`."""
-        nonlocal stopping
-        bar = progress_bar(replace(args, total_timesteps=total), done[phase], rank)
-        bar.set_description(phase)
-        bar.unit = "update"
-        while done[phase] < total and not stopping:
-            metrics = train(agent, optimizer, replay, batch_size)
-            (stopping,) = sum_ranks([len(stop)], device)  # the same for all ranks
-            before = done[phase]
-            done[phase] += 1
-            if rank > 0:
-                continue
-            bar.update(1)
-            end = done[phase] == total
-            if end or due(args.log_every, before, done[phase]):
-                log(metrics, bar)
-            if end or due(args.save_every, before, done[phase]):
-                save()
-            first = phase == "policy" and not before  # what the prompt is understood to mean
-            if first or end or due(args.video_every, before, done[phase]):
-                look(phase)
-            if phase == "policy" and not end and due(args.eval_every, before, done[phase]):
-                score()
-        bar.close()
-
-    # ---- embed, then pre-train world model and connector ----
-    if not stopping:
-        needed = max(args.batch_length, args.policy_batch_length)
-        if replay.longest() < needed:
-            fail(f"no episode has the {needed} rows of --batch-length and --policy-batch-length")
-        embed_replay(args, replay, get_vlm, stop, run / "episodes" if args.write_episodes else None)
-        (stopping,) = sum_ranks([len(stop)], device)
-    learn("pretrain", args.pretrain_updates, train_world_model, batch_size)
+    # ---- collect, embed the clips, pre-train world model and connector ----
+    if not args.data_dir:
+        session.collect(envs, batch_size)
+    if not session.stopping:
+        check_lengths(args, replay)
+        embed_replay(replay, get_vlm, session.stop)
+        if args.write_episodes:
+            write_episodes(replay, run / f"episodes{rank}", args.vlm, session.stop)
+        (session.stopping,) = sum_ranks([len(session.stop)], device)
+    session.learn("pretrain", args.pretrain_updates, train_world_model, batch_size)
 
     # ---- understand the prompt, then learn in dreams to do what it says ----
-    if not stopping:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    if not session.stopping:
+        with session.fork_rng():
             torch.manual_seed(args.seed)  # the same target after a resume
             agent.set_prompt(embed.to(device), policy_batch_size * args.policy_batch_length)
-        if rank == 0 and not done["policy"]:
-            log_metrics(writer, report_gap(agent, replay, embed.to(device)), clock())
-    learn("policy", args.policy_updates, train_behaviour, policy_batch_size)
+        if rank == 0 and not session.done["policy"]:
+            log_metrics(session.writer, report_gap(agent, replay, embed.to(device)), session.clock)
+    session.learn("policy", args.policy_updates, train_behaviour, policy_batch_size)
 
     # ---- the end ----
     if rank == 0:
-        save()
-        if not stopping:  # also after the resume of a run that had ended
-            score()
-        print(f"saved at step {step} with updates {done} in {run}")
-        writer.close()
+        session.save()
+        if not session.stopping:  # also after the resume of a run that had ended
+            session.score()
+        print(f"saved at step {session.step} with updates {session.done} in {run}")
+        session.writer.close()
     if ranks > 1:
         dist.destroy_process_group()
 

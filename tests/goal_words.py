@@ -1,9 +1,11 @@
 """A small vision-language model without weights, for envs.Goals: `--vlm tests/goal_words.py:GoalWords`.
 
 It sees where the light of an image is, and reads where a sentence says it is; both become a vector of nine receptive
-fields on the room, in the same 32 dimensions. As in CLIP, images and texts have an offset of their own: the cosine of a
-sentence and the image that it describes is 0.67."""
+fields on the room, in the same 32 dimensions. As in CLIP, images and texts have an offset of their own, and a sentence
+says much that no image shows: a direction of its own, at random in all dimensions, the fields included. The cosine of a
+sentence and the image that it describes is 0.3 to 0.6; images alone never leave the few dimensions of the fields."""
 import re
+import zlib
 
 import numpy as np
 
@@ -20,12 +22,12 @@ class GoalWords:
         directions, _ = np.linalg.qr(rng.standard_normal((DIM, DIM)))  # of fields, images and texts, orthogonal
         self.fields, self.image_offset, self.text_offset = directions[:9], directions[9], directions[10]
 
-    def embed(self, places: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """Places (n,2) in [-1, 1] -> unit vectors (n,32)."""
+    def embed(self, places: np.ndarray, rest: np.ndarray) -> np.ndarray:
+        """Places (n,2) in [-1, 1] and what does not depend on them (n or 1,32) -> unit vectors (n,32)."""
         distance = np.square(places[:, None] - FIELDS).sum(-1)
         fields = np.exp(-2 * distance)
         fields /= np.linalg.norm(fields, axis=-1, keepdims=True)
-        x = fields @ self.fields + 0.7 * offset
+        x = fields @ self.fields + rest
         return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
     def embed_frames(self, frames: np.ndarray) -> np.ndarray:
@@ -35,14 +37,17 @@ class GoalWords:
         total = light.sum((1, 2))
         x = (light.sum(1) * axis).sum(-1) / total
         y = (light.sum(2) * axis).sum(-1) / total
-        return self.embed(np.stack([x, y], -1) * 16 / 11, self.image_offset)
+        return self.embed(np.stack([x, y], -1) * 16 / 11, 0.7 * self.image_offset)
 
     def embed_text(self, texts: list[str]) -> np.ndarray:
         """Sentences -> (n,32): the place that their words name."""
         places = np.zeros((len(texts), 2))
-        for place, text in zip(places, texts):
+        own = np.zeros((len(texts), DIM))
+        for place, direction, text in zip(places, own, texts):
+            direction[:] = np.random.default_rng(zlib.crc32(text.encode())).standard_normal(DIM)
+            direction /= np.linalg.norm(direction)
             for word in re.findall(r"\w+", text.lower()):
                 if word in WORDS:
                     axis, value = WORDS[word]
                     place[axis] = value
-        return self.embed(places, self.text_offset)
+        return self.embed(places, 0.7 * self.text_offset + 1.5 * own)

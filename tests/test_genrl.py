@@ -2,6 +2,7 @@
 import json
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 
 import envs
 import gymnasium
@@ -11,7 +12,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from conftest import load
-from PIL import Image
+from PIL import Image, ImageSequence
 
 m = load("genrl")
 S, K, E, A, H = 4, 5, 12, 3, 16
@@ -472,9 +473,9 @@ def test_updates_in_bf16_are_close_to_those_in_fp32(name):
     assert abs(losses[0] - losses[1]) < 0.05 * abs(losses[0])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_data_free_update_needs_no_replay(precision):
-    agent = make_agent(data_free=True, precision=precision)
+@pytest.mark.parametrize("precision, length", [("fp32", 4), ("bf16", 4), ("fp32", 1)])
+def test_data_free_update_needs_no_replay(precision, length):
+    agent = make_agent(data_free=True, precision=precision, policy_batch_length=length)
     agent.set_prompt(unit(), 8)
     metrics = m.train_behaviour(agent, m.Optimizers(agent, agent.args), None, 2)
     assert torch.isfinite(metrics["losses/policy"])
@@ -539,7 +540,7 @@ def test_episode_files_keep_everything(tmp_path):
     assert (int(number), len(date), len(code), int(size)) == (3, 15, 32, 20)
     read = m.read_episode(path, SHAPES, 1, "some-vlm", E)
     for name, value in rows.items():
-        assert np.array_equal(value.numpy(), read[name]), name
+        assert np.allclose(value.numpy(), read[name], rtol=0, atol=1e-6), name
     assert not m.read_episode(path, SHAPES, 1, "another-vlm", E)["vl_embed"].any()
 
 
@@ -569,6 +570,8 @@ DAMAGE = {
     "other images": lambda path: broken(path, observation=np.zeros((20, 3, 32, 32), np.uint8)),
     "float images": lambda path: broken(path, observation=np.zeros((20, 3, 64, 64), np.float32)),
     "nan reward": lambda path: broken(path, reward=np.full((20, 1), np.nan, np.float32)),
+    "nan embedding": lambda path: broken(path, clip_video=np.full((20, E), np.nan, np.float32)),
+    "one number": lambda path: broken(path, clip_video=np.float32(1)),
     "short": lambda path: broken(path, is_first=np.zeros(3, bool)),
 }
 
@@ -579,7 +582,7 @@ def test_damaged_files_are_named_and_left_out(case, tmp_path, capfd):
     good = m.write_episode(tmp_path / "files", 0, rows, "vlm")
     bad = m.write_episode(tmp_path / "files", 1, rows, "vlm")
     DAMAGE[case](bad)
-    files = m.find_episodes(str(tmp_path / "files"), 10**6)
+    files = m.find_episodes(str(tmp_path / "files"), 10**6, 16)
     replay = m.Replay(m.replay_specs(SHAPES, 1, E), 40, 1, tmp_path / "new", torch.device("cpu"))
     m.load_data(replay, files, SHAPES, 1, "vlm", E)
     out = capfd.readouterr().out
@@ -588,10 +591,54 @@ def test_damaged_files_are_named_and_left_out(case, tmp_path, capfd):
     assert "1 files skipped" in out or "1 of 2 files skipped" in out
 
 
+def test_labels_without_a_name_are_taken_and_made_unit_vectors(tmp_path, capfd):
+    rows = make_replay(tmp_path / "replay", [20]).episode(0, 20, 0)
+    rows["vl_embed"][7:] = 5 * unit(13)
+    path = m.write_episode(tmp_path / "files", 0, rows, "vlm")
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file if name != "vlm"}
+    np.savez(path, **arrays)
+    assert m.find_episodes(str(tmp_path / "files"), 100, 16) == [(path, 20, E)]
+    assert "1 files do not name the model" in capfd.readouterr().out
+    read = m.read_episode(path, SHAPES, 1, "another-vlm", E)["vl_embed"]
+    assert np.allclose(np.linalg.norm(read, axis=-1), [0] * 7 + [1] * 13, atol=1e-6)
+
+
+def test_files_that_an_earlier_life_wrote_are_kept(tmp_path):
+    replay = make_replay(tmp_path / "replay", [20, 9, 12])
+    folder = tmp_path / "files"
+    m.write_episodes(replay, folder, "vlm", [])
+    written = sorted(folder.iterdir())
+    assert [int(path.stem.split("-")[-1]) for path in written] == [20, 9, 12]
+    written[1].unlink()
+    m.write_episodes(replay, folder, "vlm", [True])  # a signal has come
+    assert sorted(folder.iterdir()) == [written[0], written[2]]
+    m.write_episodes(replay, folder, "vlm", [])
+    again = sorted(folder.iterdir())
+    assert len(again) == 3 and again[0] == written[0] and again[2] == written[2]
+
+
+def test_episodes_too_short_are_noticed_before_the_collection_ends(tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        tiny.run("genrl", tmp_path, batch_length=16, total_timesteps=100_000)  # episodes of Catch have 8 rows
+    assert end.value.code == 2
+    assert "no episode has the 16 rows" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("flags, named", [
+    (dict(imag_horizon=1, align="none"), "--imag-horizon"), (dict(imag_horizon=7), "--imag-horizon"), (dict(layers=0), "--layers"),
+    (dict(batch_length=12), "--batch-length"), (dict(data_free=True, policy_batch_size=1, policy_batch_length=3), "--data-free")])
+def test_sizes_that_cannot_work(flags, named, capfd):
+    with pytest.raises(SystemExit) as end:
+        m.check_args(replace(m.Args(device="cpu"), **flags))
+    assert end.value.code == 2
+    assert named in capfd.readouterr().err
+
+
 def test_no_dataset(tmp_path, capfd):
     for folder in (tmp_path / "nothing", tmp_path):
         with pytest.raises(SystemExit) as end:
-            m.find_episodes(str(folder), 10)
+            m.find_episodes(str(folder), 10, 16)
         assert end.value.code == 2
         assert str(folder) in capfd.readouterr().err
 
@@ -600,7 +647,7 @@ def test_actions_of_a_run_lead_to_their_images(tmp_path):
     """In an environment whose image tells the action: from collection to files, and from files to a second run."""
     flags = dict(env_id="test_genrl:ScriptedVideo-v0", total_timesteps=40, eval_episodes=0, write_episodes=True, learning_starts=20)
     first = tiny.run("genrl", tmp_path / "a", **flags)
-    files = sorted((first / "episodes").glob("*.npz"))
+    files = sorted((first / "episodes0").glob("*.npz"))
     assert len(files) == 2
     with np.load(files[0]) as file:
         image, action, reward = file["observation"], file["action"], file["reward"]
@@ -612,7 +659,7 @@ def test_actions_of_a_run_lead_to_their_images(tmp_path):
     assert not action[0].any()
     code = np.rint(128 + 127 * action[1:, 0].clip(-1, 1))
     assert np.abs(code - image[1:, 1, 5, 5]).max() <= 1
-    second = tiny.run("genrl", tmp_path / "b", **{**flags, "data_dir": str(first / "episodes"), "write_episodes": False})
+    second = tiny.run("genrl", tmp_path / "b", **{**flags, "data_dir": str(first / "episodes0"), "write_episodes": False})
     assert tiny.checkpoint(second)["step"] == 0
     assert tiny.checkpoint(second)["replay"]["rows"] == 40
 
@@ -643,6 +690,8 @@ def test_embedding_of_a_clip_is_the_mean_of_its_frames():
         mean = each[t - 7 : t + 1].mean(0)
         assert np.allclose(ours[t], mean / np.linalg.norm(mean), atol=1e-5)
     assert not m.embed_clips(FrameVLM(), frames[:5]).any()
+    stack = np.concatenate([frames[::-1], frames], -1)
+    assert torch.equal(m.embed_clips(FrameVLM(), stack), ours)  # the last image of a stack
 
 
 class Video:
@@ -666,47 +715,49 @@ def test_prompts_of_every_kind(tmp_path):
     red = Image.new("RGB", (4, 4), "red")
     blue = Image.new("RGB", (4, 4), "blue")
     red.save(tmp_path / "still.png")
+    red.save(tmp_path / "one.gif")
     film = [Image.new("RGB", (4, 4), (20 * i, 0, 255 - 20 * i)) for i in range(12)]  # a GIF joins equal frames
     film[0].save(tmp_path / "film.gif", save_all=True, append_images=film[1:])
     np.save(tmp_path / "film.npy", np.stack([np.array(red)] * 4 + [np.array(blue)] * 4))
     np.save(tmp_path / "embedding.npy", np.full(E, 2.0))
     embeds = {
-        name: m.embed_prompt(replace(args, prompt_video=str(tmp_path / name)), vlm, E)
-        for name in ("still.png", "film.gif", "film.npy")}
+        name: m.embed_prompt(replace(args, prompt=str(tmp_path / name)), vlm, E)
+        for name in ("still.png", "one.gif", "film.gif", "film.npy")}
     colours = F.normalize(torch.as_tensor(FrameVLM().embed_frames(np.stack([np.array(red), np.array(blue)]))).float(), dim=-1)
     mix = lambda share: F.normalize(share * colours[0] + (1 - share) * colours[1], dim=-1)
     torch.testing.assert_close(embeds["still.png"], mix(1.0))
+    torch.testing.assert_close(embeds["one.gif"], mix(1.0))
     torch.testing.assert_close(embeds["film.npy"], mix(0.5))
     first = m.embed_clips(FrameVLM(), np.stack([np.array(frame) for frame in film[:8]]))[-1]
     assert embeds["film.gif"] @ first > 0.999
     text = m.embed_prompt(replace(args, prompt="words"), vlm, E)
-    given = m.embed_prompt(replace(args, prompt_embedding=str(tmp_path / "embedding.npy")), None, E)
+    given = m.embed_prompt(replace(args, prompt=str(tmp_path / "embedding.npy")), None, E)
     torch.testing.assert_close(text, torch.full((E,), E**-0.5))
     torch.testing.assert_close(given, text)
     assert m.prompt_text(args) == "Catch"
     assert m.prompt_text(m.Args(env_id="shimmy:dm_control/walker-walk-v0")) == "walk fast clean"
 
 
-def test_few_frames_are_repeated_and_many_are_thinned(tmp_path):
+def test_few_frames_are_repeated_and_many_are_thinned():
     for count, expected in ((1, [0] * 8), (4, [0, 0, 1, 1, 2, 2, 3, 3]), (100, list(range(8))), (256, list(range(0, 16, 2)))):
         frames = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(3, -1)
-        np.save(tmp_path / "x.npy", frames)
-        assert m.read_video(str(tmp_path / "x.npy"))[:, 0, 0, 0].tolist() == expected
+        assert m.prompt_clip(frames)[:, 0, 0, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("field, content, named", [
-    ("prompt_video", None, "there is no"), ("prompt_video", b"hello", "cannot be read"),
-    ("prompt_embedding", b"hello", "cannot be read"), ("prompt_embedding", np.ones(7), "7 numbers"),
-    ("prompt_embedding", np.full(64, np.nan), "not finite")])
-def test_prompts_that_cannot_be_used(field, content, named, tmp_path, capfd):
+@pytest.mark.parametrize("name, content, named", [
+    ("gone.gif", None, "there is no"), ("text.gif", b"hello", "cannot be read"), ("film.mp4", b"hello", ".gif"),
+    ("text.npy", b"hello", "cannot be read"), ("short.npy", np.ones(7), "7 numbers"), ("nan.npy", np.full(64, np.nan), "not finite"),
+    ("number.npy", np.ones(()), "uint8 frames"), ("empty.npy", np.zeros((0, 4, 4, 3), np.uint8), "uint8 frames"),
+    ("float.npy", np.zeros((9, 4, 4, 3)), "uint8 frames")])
+def test_prompts_that_cannot_be_used(name, content, named, tmp_path, capfd):
     """Found before anything is collected."""
-    path = tmp_path / "prompt.npy"
+    path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
         np.save(path, content)
     with pytest.raises(SystemExit) as end:
-        tiny.run("genrl", tmp_path / "runs", **{field: str(path)})
+        tiny.run("genrl", tmp_path / "runs", prompt=str(path))
     assert end.value.code == 2
     assert named in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
@@ -757,13 +808,38 @@ def test_missing_weights_without_network(monkeypatch, capfd):
     assert "no-such-model-of-anyone" in capfd.readouterr().err
 
 
-def test_own_factory(tmp_path):
+def test_a_model_of_text_alone(tmp_path, monkeypatch, capfd):
+    """Found when it is loaded, not after the collection."""
+    library = pytest.importorskip("sentence_transformers")
+
+    class TextOnly:
+        def __init__(self, name, device):
+            pass
+
+        def encode(self, inputs, **options):
+            if not isinstance(inputs[0], str):
+                raise ValueError("no images")
+            return np.ones((len(inputs), 3))
+
+    monkeypatch.setattr(library, "SentenceTransformer", TextOnly)
+    with pytest.raises(SystemExit) as end:
+        m.load_vlm(str(tmp_path), torch.device("cpu"))
+    assert end.value.code == 2
+    assert "no images" in capfd.readouterr().err
+
+
+def test_own_factory(tmp_path, capfd):
     (tmp_path / "mine.py").write_text("class Mine:\n    dim = 5\n")
     assert m.load_vlm(f"{tmp_path}/mine.py:Mine", torch.device("cpu")).dim == 5
+    for name, named in (("mine.py:Yours", "Yours"), ("mine.py", "FACTORY"), ("gone.py:Mine", "gone.py")):
+        with pytest.raises(SystemExit) as end:
+            m.load_vlm(f"{tmp_path}/{name}", torch.device("cpu"))
+        assert end.value.code == 2
+        assert named in capfd.readouterr().err
 
 
-def test_a_new_prompt_keeps_the_world_and_begins_a_new_policy(tmp_path):
-    run = tiny.run("genrl", tmp_path, eval_episodes=0, prompt="one thing", total_timesteps=40)
+def test_a_new_prompt_keeps_the_world_and_begins_a_new_policy(tmp_path, capfd):
+    run = tiny.run("genrl", tmp_path / "runs", eval_episodes=0, prompt="one thing", total_timesteps=40)
     before = tiny.checkpoint(run)
     tiny.call("genrl", ["--resume", str(run), "--prompt=another thing", "--policy-updates=5"])
     after = tiny.checkpoint(run)
@@ -774,6 +850,45 @@ def test_a_new_prompt_keeps_the_world_and_begins_a_new_policy(tmp_path):
     assert changed == {"behaviour"}
     tiny.call("genrl", ["--resume", str(run), "--policy-updates=6"])
     assert tiny.checkpoint(run)["agent"]["behaviour.updates"] == 6
+    film_of(tmp_path / "film.gif", size=48)
+    tiny.call("genrl", ["--resume", str(run), f"--prompt={tmp_path}/film.gif"])  # a video in the place of words
+    assert tiny.checkpoint(run)["prompt"] == f"{tmp_path}/film.gif"
+    (tmp_path / "film.gif").unlink()
+    for flags, named in (["--policy-updates=7"], "film.gif"), (["--vlm=other"], "--vlm"), (["--data-dir=."], "--data-dir"):
+        with pytest.raises(SystemExit) as end:
+            tiny.call("genrl", ["--resume", str(run), *flags])
+        assert end.value.code == 2
+        assert named in capfd.readouterr().err
+
+
+def film_of(path, count=10, size=64):
+    """A GIF of a square that moves, and its frames."""
+    frames = []
+    for i in range(count):
+        frame = np.zeros((size, size, 3), np.uint8)
+        frame[20:30, 4 * i : 4 * i + 10] = (250, 120, 10)
+        frames.append(Image.fromarray(frame))
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    return np.stack([np.array(frame) for frame in frames])
+
+
+def test_dm_control_with_a_video_as_prompt(tmp_path):
+    """Walker from pixels, end to end; the last GIF shows prompt, decoded target and policy side by side."""
+    if not (find_spec("dm_control") and find_spec("shimmy")):  # importing them would be too early for MUJOCO_GL
+        pytest.skip("dm_control is not installed")
+    frames = film_of(tmp_path / "prompt.gif")
+    run = tiny.run(
+        "genrl", tmp_path / "runs", env_id="dm_control/walker-walk-v0", prompt=str(tmp_path / "prompt.gif"),
+        total_timesteps=30, learning_starts=20, pretrain_updates=2, policy_updates=1, eval_episodes=0)
+    saved = tiny.checkpoint(run)
+    assert saved["step"] == 30 and saved["done"] == dict(explore=3, pretrain=2, policy=1)
+    assert saved["args"]["action_repeat"] == 2
+    with Image.open(max(run.glob("videos/*.gif"), key=lambda path: int(path.stem.split("_")[1]))) as film:
+        panels = np.stack([np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)])
+    assert panels.shape[1:] == (64, 192, 3)
+    assert np.abs(panels[:8, :, :64].astype(int) - frames[:8]).mean() < 3  # a GIF has few colours
+    policy = panels[:, :, 128:]
+    assert policy.std() > 10 and (policy[0] != policy[-1]).any()
 
 
 # ---- breakages that these tests see ----

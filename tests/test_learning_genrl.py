@@ -3,7 +3,8 @@
 One world model is learned from random play in envs.Goals, whose images do not show which corner is wanted. Then each
 prompt makes a policy, in dreams, without any reward from the environment. It is scored in all four corners: the mean
 return of random play is 1.6 in each, the best possible one 29.0.
-`python tests/test_learning_genrl.py SEED [VARIANT]` runs all four prompts and writes the curves to tests/results/."""
+`python tests/test_learning_genrl.py SEED [FOLDER]` runs all four prompts, with the whole algorithm, without the aligner
+and without alignment in time, on one world model, and writes the curves to tests/results/."""
 import csv
 import signal
 import sys
@@ -52,7 +53,8 @@ FLAGS = dict(
 
 
 def follow(script, run_dir: Path, prompts: list[str], **changes) -> dict[str, list[tuple[int, dict]]]:
-    """One world model, then a policy for each prompt -> {prompt: [(policy updates, {corner: mean return}), ...]}."""
+    """One world model, then a policy for each prompt -> {prompt: [(policy updates, {corner: mean return}), ...]}.
+    A world model that is there is used again."""
     curves = {}
     original = script.evaluate
 
@@ -67,14 +69,11 @@ def follow(script, run_dir: Path, prompts: list[str], **changes) -> dict[str, li
     script.evaluate = evaluate
     kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        resume = ""
         for prompt in prompts:
             args = script.Args(**{**FLAGS, "run_dir": str(run_dir), "prompt": f"the light is at the {prompt}", **changes})
-            args.resume = resume
+            args.resume = str(next(run_dir.glob("*"), ""))
             script.check_args(args)
             script.main(args)
-            (run,) = run_dir.iterdir()
-            resume = str(run)
     finally:
         script.evaluate = original
         for number, handler in kept.items():
@@ -98,22 +97,27 @@ def without_aligner(script):
     script.Aligner.forward = lambda self, embed: forward(self, embed) if torch.is_grad_enabled() else embed
 
 
-VARIANTS = {"": {}, "without_alignment": dict(align="none"), "without_aligner": {}}
-
-if __name__ == "__main__":
-    seed, variant = int(sys.argv[1]), (sys.argv[2:] + [""])[0]
-    genrl = load("genrl")
-    if variant == "without_aligner":
-        without_aligner(genrl)
-    start = time.process_time()
-    folder = Path(sys.argv[3] if len(sys.argv) > 3 else "runs") / f"goals{variant}{seed}"
-    curves = follow(genrl, folder, CORNERS, seed=seed, **VARIANTS[variant])
-    name = "_".join(["genrl_goals", *([variant] if variant else []), f"seed{seed}.csv"])
-    with open(TESTS / "results" / name, "w", newline="") as file:
+def write_curves(name: str, curves: dict) -> None:
+    with open(TESTS / "results" / f"{name}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["prompt", "policy_updates", *CORNERS])
         for prompt, curve in curves.items():
             for updates, scores in curve:
                 writer.writerow([prompt, updates, *(round(scores[corner], 2) for corner in CORNERS)])
-                print(prompt, updates, scores)
-    print(f"{(time.process_time() - start) / 60:.1f} CPU-minutes")
+                print(prompt, updates, scores, flush=True)
+
+
+if __name__ == "__main__":
+    seed = int(sys.argv[1])
+    folder = Path(sys.argv[2] if len(sys.argv) > 2 else "runs") / f"goals{seed}"
+    genrl = load("genrl")
+    start = time.process_time()
+    for variant in ("", "without_aligner_", "without_alignment_"):
+        original = genrl.Aligner.forward
+        if variant == "without_aligner_":
+            without_aligner(genrl)
+        align = "none" if variant == "without_alignment_" else "sequence"
+        curves = follow(genrl, folder, CORNERS, seed=seed, align=align)
+        genrl.Aligner.forward = original
+        write_curves(f"genrl_goals_{variant}seed{seed}", curves)
+        print(f"{(time.process_time() - start) / 60:.1f} CPU-minutes", flush=True)
