@@ -33,7 +33,8 @@ anew at each step and sees no further than its horizon. Dreamer's actor learns f
 model's multi-step returns, and its value function reaches beyond the horizon.
 Differences from the official code: noise is drawn for each sequence (there one draw serves the whole batch);
 the last step of an episode is replayed too; modes are per row; feat is [h, z]; whole Atari games instead of
-lives; float32 or bfloat16 instead of float16; contrastive: the paper's sum, over all pairs, in float64.
+lives, 0 to 30 no-ops instead of 1 to 30; no reset between random actions and policy; float32 or bfloat16
+instead of float16; contrastive: the paper's sum, over all pairs, in float64.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -236,6 +237,7 @@ def pair_log_density(feat: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) 
 
 def nce_loss(feat: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """-mean of ln q(s_i | o_i) - ln sum_j q(s_i | o_j), over all N images, also its own. Eq. 12 (J_S).
+    With several processes the images are those of the own one.
     Trap: the released code fixes the image and sums over states: logsumexp over the other axis."""
     density = pair_log_density(feat, mean, std)  # (states, images)
     return -(density.diagonal() - density.logsumexp(1)).mean()
@@ -664,6 +666,8 @@ class Optimizers:
         return {name: part.state_dict() for name, part in vars(self).items()}
 
     def load_state_dict(self, saved: dict) -> None:
+        if saved.keys() != vars(self).keys():  # the same networks, but another one trains the decoder
+            fail("the run was trained with another --representation")
         for name, part in vars(self).items():
             part.load_state_dict(saved[name])
 
@@ -928,7 +932,7 @@ def shows_image(env_id: str) -> bool:
 
 def make_envs(args: Args, num_envs: int, *key: int) -> Envs:
     """Anything with `reset`, `step`, `shapes`, `action_dim`, `discrete`, `ret` and `length` will do."""
-    if args.env_id.startswith("dm_control/"):
+    if "dm_control/" in args.env_id:  # also shimmy:dm_control/
         register_dm_control()
     return Envs(
         args, num_envs, make_seeds(num_envs, args.seed, *key), 64, pixels=not shows_image(args.env_id),
@@ -938,8 +942,9 @@ def make_envs(args: Args, num_envs: int, *key: int) -> Envs:
 # ==== shared: dm_control ====
 def register_dm_control() -> None:
     """shimmy registers the dm_control/ ids when it is imported. Trap: MUJOCO_GL counts only before that, and
-    without a display only egl (or osmesa) can draw."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    without a display only egl (or osmesa) can draw, which other systems do not have."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         import shimmy  # noqa: F401
         import dm_control.suite  # noqa: F401
@@ -1387,15 +1392,17 @@ def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
     check_positive(
         args, "total_timesteps num_envs batch_size pretrain train_every train_steps grad_clip save_every")
+    check_positive(args, "deter hidden stoch cnn_depth units")
     if args.imag_horizon < 2 or args.batch_length < 2:
         fail("--imag-horizon (H steps give H - 1 targets) and --batch-length must be at least 2")
     gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
     if args.precision == "auto":
         args.precision = "bf16" if gpu else "fp32"
     if not args.action_repeat:
-        args.action_repeat = 2 if args.env_id.startswith("dm_control/") else 1
+        args.action_repeat = 2 if "dm_control/" in args.env_id else 1
         if args.env_id.startswith(("ALE/", "ale_py:ALE/")):
             args.action_repeat = 4
+    check_positive(args, "action_repeat")
 
 
 # ==== shared: logging ====

@@ -13,6 +13,7 @@ import gymnasium
 import numpy as np
 import pytest
 import test_golden_dreamer_v1
+import tiny
 import torch
 from conftest import load
 
@@ -509,6 +510,33 @@ def test_control_suite_missing(monkeypatch, capfd):
     with pytest.raises(SystemExit) as error:
         v1.make_envs(v1.Args(env_id="dm_control/walker-walk-v0", action_repeat=2), 1, 0)
     assert error.value.code == 2 and "mujoco==3.17.0" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("env_id, repeat", [
+    ("dm_control/walker-walk-v0", 2), ("shimmy:dm_control/walker-walk-v0", 2), ("ALE/Pong-v5", 4), ("Pendulum-v1", 1)])
+def test_action_repeat_by_default(env_id, repeat):
+    assert v1.parse_args(["--env-id", env_id]).action_repeat == repeat
+    assert v1.parse_args(["--env-id", env_id, "--action-repeat", "3"]).action_repeat == 3
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize("flag", ["deter", "hidden", "stoch", "cnn-depth", "units", "action-repeat"])
+def test_sizes_that_cannot_work(flag, capfd):
+    with pytest.raises(SystemExit) as error:
+        v1.parse_args([f"--{flag}=-1"])
+    assert error.value.code == 2 and f"--{flag} must be positive" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("before, after", [("reward", "reconstruction"), ("reconstruction", "reward")])
+def test_another_representation_on_resume(before, after, tmp_path, capfd):
+    """The networks are the same, but not what trains the decoder."""
+    torch.set_default_dtype(torch.float32)
+    run = tiny.run("dreamer_v1", tmp_path, representation=before, eval_episodes=0)
+    with pytest.raises(SystemExit) as error:
+        tiny.call("dreamer_v1", ["--resume", str(run), "--representation", after, "--total-timesteps", "40"])
+    assert error.value.code == 2 and "--representation" in capfd.readouterr().err
 
 
 # ---- breakages ----
