@@ -867,7 +867,7 @@ class Agent(nn.Module):
         self.world = WorldModel(shapes, action_dim, args)
         self.behaviour = Behaviour(self.world.feat, action_dim, discrete, args)
         self.captions = self.world.captions
-        self.goals = PhraseBook(self.captions.embedder)
+        self.goals = PhraseBook(self.captions.embedder, capacity=64)
         self.rnd = RND(self.captions.embedder.dim, args)
 
     @property
@@ -934,7 +934,8 @@ class Agent(nn.Module):
 def train_novelty(agent: Agent, optimizer: torch.optim.Adam, batch: dict) -> tuple[torch.Tensor, dict]:
     """One step of the predictor on a batch's goals -> their novelty (T,B,K), of before it, and metrics."""
     valid = batch["goals"] >= 0
-    error = agent.rnd.error(batch["goal_embed"])
+    errors = agent.rnd.error(agent.goals.embeds)  # of all phrases: a batch has few of them, many times each
+    error = errors[batch["goals"].long().clamp(min=0)]
     count = gather_ranks(valid.sum()[None]).to(error).mean()  # ranks may differ in it, but divide by the same
     loss = torch.where(valid, error, 0).sum() / count.clamp(min=1)
     loss.backward()

@@ -425,19 +425,19 @@ def on_ranks(*works):
 def test_novelty_of_two_ranks_is_that_of_the_joint_batch(norm):
     """Also where one has more empty places than the other; and the predictor learns the same."""
     torch.manual_seed(0)
-    goals = torch.randint(3, (T + 1, 4, G))
+    goals = torch.arange((T + 1) * 4 * G).view(T + 1, 4, G)
+    book = SimpleNamespace(embeds=torch.randn(goals.numel(), E))
     goals[:, :2, 1:] = -1
-    batch = dict(goals=goals, goal_embed=torch.randn(T + 1, 4, G, E))
 
     def prepare(*columns):
         torch.manual_seed(0)
         rnd = m.RND(E, m.Args(novelty_norm=norm, batch_length=T, num_goals=G))
         adam = torch.optim.SGD(rnd.predictor.parameters(), 0.1)  # as Adam would hide the gradient's scale
-        share = {name: x[:, columns] for name, x in batch.items()}
+        share = dict(goals=goals[:, columns])
 
         def work():
             for _ in range(2):
-                novelty, _ = m.train_novelty(SimpleNamespace(rnd=rnd), adam, share)
+                novelty, _ = m.train_novelty(SimpleNamespace(rnd=rnd, goals=book), adam, share)
             return [novelty, rnd.predictor[0].weight, rnd.mean, rnd.var, rnd.count]
 
         return work

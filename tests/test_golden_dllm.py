@@ -152,10 +152,11 @@ def train(norm):
     rnd = make_rnd(norm)
     adam = torch.optim.Adam(rnd.predictor.parameters(), m.Args().rnd_lr)
     goals = swap(given("rnd_goals"))
-    batch = dict(goal_embed=goals, goals=torch.zeros(goals.shape[:-1], dtype=torch.int32))
+    book = SimpleNamespace(embeds=goals.flatten(0, 2))
+    batch = dict(goals=torch.arange(len(book.embeds)).view(goals.shape[:-1]))
     for update in range(4):
         error = rnd.error(goals)
-        novelty, metrics = m.train_novelty(SimpleNamespace(rnd=rnd), adam, batch)
+        novelty, metrics = m.train_novelty(SimpleNamespace(rnd=rnd, goals=book), adam, batch)
         yield update, rnd, error, novelty, metrics["losses/rnd"]
 
 
