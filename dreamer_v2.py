@@ -1360,9 +1360,9 @@ def captured(update, agent: nn.Module, optimizer, batch: dict):
     return agent.graphs[update](batch)
 
 
-def compiled(function):
+def compiled(function, dynamic: bool | None = False):
     """torch.compile of a function. Where that fails: one line, and the function as it is."""
-    chosen = torch.compile(function, dynamic=False)
+    chosen = torch.compile(function, dynamic=dynamic)
 
     def call(*args):
         nonlocal chosen

@@ -3,6 +3,7 @@ runs them again on the same memory. As on a GPU, recording computes nothing that
 host nor come from there, and what Python does besides happens once."""
 
 import contextlib
+import gc
 from types import SimpleNamespace
 
 import torch
@@ -55,11 +56,15 @@ class Graph(TorchDispatchMode):
         self.steps = []  # (operation, args, kwargs, what it returned)
         self.made = set()  # memory that came into being while recording
         self.before = {}  # other memory that was written to: as it was
+        self.known = set()  # all other memory
         self.replays = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         refuse(func, args)
+        for x in tensors((args, kwargs)):
+            if x.dim() and memory(x) not in self.made and memory(x) not in self.known:  # x[[0, 1]], NumPy's arrays
+                raise RuntimeError(f"{func} of a value of the host is not permitted when a stream is capturing")
         written = [arg.name for arg in func._schema.arguments if arg.alias_info and arg.alias_info.is_write]
         for argument, value in zip(func._schema.arguments, args):
             if argument.name in written:
@@ -102,6 +107,7 @@ class Simulation:
     def graph(self, graph: Graph, stream=None):
         """torch.cuda.graph: after an error, the random numbers are in disorder, and its end is another error."""
         state = torch.get_rng_state()
+        graph.known = {memory(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
         try:
             with HostCalls(), graph:
                 yield
