@@ -1396,7 +1396,8 @@ class CapturedUpdate:
             self.graph = graph
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of a broken recording is an error of its own
-            say(f"updates run without a CUDA graph: {str(cause).splitlines()[0]}")
+            reason, _, _ = str(cause).partition("\n")
+            say(f"updates run without a CUDA graph: {reason}")
             generator.graphsafe_set_state(before)  # trap: the other state waits for the recording's end
             self.agent.zero_grad()
 
@@ -1426,7 +1427,8 @@ def compiled(function, dynamic: bool | None = False):
         except RuntimeError as error:
             if chosen is function:
                 raise
-            say(f"{function.__qualname__} is not compiled: {str(error).splitlines()[0]}")
+            reason, _, _ = str(error).partition("\n")
+            say(f"{function.__qualname__} is not compiled: {reason}")
             chosen = function
             return function(*args)
 
