@@ -88,7 +88,7 @@ class Args:
     total_timesteps: int = 2_500_000  # policy steps; frames = steps x action repeat (official: 5M frames)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA (official: fp16)
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the recurrent step; auto: on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: CUDA graphs of updates; on: torch.compile too
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
     save_every: int = 10_000  # policy steps between checkpoints
@@ -681,16 +681,16 @@ class Agent(nn.Module):
         self.action_dim = action_dim
         self.world = WorldModel(shapes, action_dim, args)
         self.behaviour = Behaviour(self.world.feat, action_dim, discrete, args)
+        self.graphs = {}  # updates that became CUDA graphs
 
     @property
     def device(self) -> torch.device:
         return self.behaviour.updates.device
 
     def autocast(self):
-        """bf16 for matrix products and convolutions. Trap: with autocast's cache, weights first used under
-        no_grad would stay without gradient in the same update."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16", cache_enabled=False)
+        """bf16 for matrix products and convolutions. Each weight is cast once and kept until the end, not
+        once per step. Trap: where the first use was under no_grad, the kept copy has no gradient."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     def initial(self, num_envs: int) -> dict:
         """State before the first observation: h, z and the previous action are zero."""
@@ -726,11 +726,9 @@ class Agent(nn.Module):
         return state
 
 
-def train_step(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
-    """One update: sample, then the losses of world model, actor and critic, all of the same weights, then the
-    steps -> metrics. Fixed shapes and no host reads."""
-    rows = replay.sample(batch_size, agent.args.batch_length)
-    rows = {k: v.to(agent.device, non_blocking=True) for k, v in rows.items()}
+def update(agent: Agent, optimizer: Optimizers, rows: dict) -> dict:
+    """Rows (T,B,...): the losses of world model, actor and critic, all of the same weights, then the steps
+    -> metrics."""
     with agent.autocast():
         model_losses, post, metrics = agent.world.loss(rows)
         losses, ac_metrics = agent.behaviour.loss(agent.world, post)
@@ -744,6 +742,13 @@ def train_step(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: 
         metrics["grad/probe_norm"] = optimizer.probe.step(model_losses["probe"])
     agent.behaviour.updates += 1
     return metrics
+
+
+def train_step(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
+    """One update: sample, then all that learns -> metrics."""
+    rows = replay.sample(batch_size, agent.args.batch_length)
+    rows = {k: v.to(agent.device, non_blocking=True) for k, v in rows.items()}
+    return captured(update, agent, optimizer, rows)
 
 
 # ======== 7. environment ========
@@ -1354,6 +1359,90 @@ def make_run(args: Args, device: torch.device) -> Path:
 # ==== end shared ====
 
 
+# ==== shared: captured update ====
+class CapturedUpdate:
+    """An update(agent, optimizer, batch) as one CUDA graph: run three times, then recorded, then replayed.
+    Thousands of small kernels take the host longer to launch than the GPU to run; a graph is one launch.
+    A replay runs the same kernels on the same memory, with new random numbers. So an update has fixed
+    shapes, reads nothing on the host, counts nothing in Python, and changes weights and states in place.
+    Trap: its results are overwritten by the next replay."""
+
+    def __init__(self, update, agent: nn.Module, optimizer, batch: dict):
+        self.agent = agent
+        self.batch = {name: value.clone() for name, value in batch.items()}  # where every replay reads
+        self.run = partial(update, agent, optimizer, self.batch)
+        self.stream = torch.cuda.Stream()
+        self.calls = 0
+        self.graph = None
+
+    def __call__(self, batch: dict):
+        for name, value in batch.items():
+            self.batch[name].copy_(value)
+        self.calls += 1
+        if self.calls <= 3:  # libraries choose their kernels, optimisers make their states
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.calls == 4:
+            self.record()
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.results
+
+    def record(self) -> None:
+        """Nothing is computed here. Where it fails, updates go on one kernel after another."""
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
+                self.results = self.run()
+            self.graph = graph
+        except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a broken recording is an error of its own
+            reason, _, _ = str(cause).partition("\n")
+            say(f"updates run without a CUDA graph: {reason}")
+            generator.graphsafe_set_state(before)  # trap: the other state waits for the recording's end
+            self.agent.zero_grad()
+
+
+def can_capture(agent: nn.Module) -> bool:
+    """Graphs are CUDA's. Several processes average their gradients, which is not recorded."""
+    return agent.device.type == "cuda" and agent.args.compile != "off" and not dist.is_initialized()
+
+
+def captured(update, agent: nn.Module, optimizer, batch: dict):
+    """update(agent, optimizer, batch), as a CUDA graph where that is possible."""
+    if not can_capture(agent):
+        return update(agent, optimizer, batch)
+    if update not in agent.graphs:
+        agent.graphs[update] = CapturedUpdate(update, agent, optimizer, batch)
+    return agent.graphs[update](batch)
+
+
+def compiled(function, dynamic: bool | None = False):
+    """torch.compile of a function. Where that fails: one line, and the function as it is."""
+    chosen = torch.compile(function, dynamic=dynamic)
+
+    def call(*args):
+        nonlocal chosen
+        try:
+            return chosen(*args)
+        except RuntimeError as error:
+            if chosen is function:
+                raise
+            reason, _, _ = str(error).partition("\n")
+            say(f"{function.__qualname__} is not compiled: {reason}")
+            chosen = function
+            return function(*args)
+
+    return call
+# ==== end shared ====
+
+
 # ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags, over those of the run that is resumed, or over the preset."""
@@ -1480,9 +1569,9 @@ def main(args: Args) -> None:
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args).to(device)
     torch.manual_seed(seed)  # other samples on every rank
     optimizer = Optimizers(agent, args)
-    if args.compile == "on" or args.compile == "auto" and device.type == "cuda":
-        agent.world.rssm.core = torch.compile(agent.world.rssm.core, dynamic=False)
-        agent.world.decoder.compile(dynamic=False)
+    if args.compile == "on":
+        agent.world.rssm.core = compiled(agent.world.rssm.core)
+        agent.world.decoder.forward = compiled(agent.world.decoder.forward)
 
     # ---- run directory and replay, as they were where a run is resumed ----
     # an episode has one row more than steps: up to twice as many in all, on disk only once they are used

@@ -90,7 +90,7 @@ class Args:
     total_timesteps: int = 1_000_000  # policy steps; frames = steps x action repeat (official: 110_000)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA (official)
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the recurrent step; auto: on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: CUDA graphs of updates; on: torch.compile too
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
     save_every: int = 10_000  # policy steps between checkpoints
@@ -254,7 +254,8 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.unflatten(-1, self.weight.shape[:2])  # (N,G,in/G)
-        x = torch.einsum("ngi,gio->ngo", x, self.weight).flatten(1)
+        # einsum("ngi,gio->ngo"); trap: einsum would hide from autocast that the weight was cast before
+        x = torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1).flatten(1)
         return x + self.bias.to(x.dtype)
 
 
@@ -506,7 +507,7 @@ class Behaviour(nn.Module):
         policy = self.policy(feat)
         if self.discrete:
             return sample_onehot(policy.exp(), torch.empty_like(policy).exponential_())
-        return policy.sample()
+        return policy.mean + policy.stddev * torch.randn_like(policy.mean)  # trap: sample() asks the host
 
     @torch.no_grad()  # REINFORCE needs no gradient through the dream
     def imagine(self, rssm: RSSM, deter: torch.Tensor, stoch: torch.Tensor) -> tuple:
@@ -517,6 +518,7 @@ class Behaviour(nn.Module):
             deter, stoch = rssm.imagine_step(deter, stoch, action)
             feats.append(torch.cat([deter, stoch], -1))
             actions.append(action)
+        torch.clear_autocast_cache()  # bf16 copies of weights that have no gradient
         return torch.stack(feats), torch.stack(actions)
 
     @torch.no_grad()
@@ -646,16 +648,16 @@ class Agent(nn.Module):
         self.action_dim = action_dim
         self.world = WorldModel(shapes, action_dim, args)
         self.behaviour = Behaviour(self.world.feat, action_dim, discrete, args)
+        self.graphs = {}  # updates that became CUDA graphs
 
     @property
     def device(self) -> torch.device:
         return self.world.bins.device
 
     def autocast(self):
-        """bf16 for matrix products and convolutions. Trap: with autocast's cache, weights first used under
-        no_grad (the actor's, in the dream) would stay without gradient in the same update."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16", cache_enabled=False)
+        """bf16 for matrix products and convolutions. Each weight is cast once and kept until the end, not
+        once per step. Trap: where the first use was under no_grad, the kept copy has no gradient."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     def initial(self, num_envs: int) -> dict:
         """State before the first observation: h, z and the previous action are zero."""
@@ -695,12 +697,8 @@ class Agent(nn.Module):
         return total, {k: v.detach() for k, v in post.items()}, metrics
 
 
-def train_step(agent: Agent, optimizer: LaProp, replay: Replay, batch_size: int) -> dict:
-    """One update: sample, loss, backward, optimiser, slow critic, latents to replay -> metrics.
-    Fixed shapes and no host reads."""
-    args = agent.args
-    batch, index = replay.sample(batch_size, args.batch_length + 1)
-    batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
+def update(agent: Agent, optimizer: LaProp, batch: dict) -> tuple[dict, dict]:
+    """Replay rows (T+1,B,...): loss, backward, optimiser, slow critic -> posterior for replay, metrics."""
     loss, post, metrics = agent.loss(batch)
     loss.backward()
     average_ranks([p.grad for p in optimizer.params])
@@ -710,8 +708,15 @@ def train_step(agent: Agent, optimizer: LaProp, replay: Replay, batch_size: int)
     with torch.no_grad():
         behaviour = agent.behaviour
         for slow, fast in zip(behaviour.slow_critic.parameters(), behaviour.critic.parameters()):
-            slow.lerp_(fast, args.slow_rate)
+            slow.lerp_(fast, agent.args.slow_rate)
+    return post, metrics
 
+
+def train_step(agent: Agent, optimizer: LaProp, replay: Replay, batch_size: int) -> dict:
+    """One update: sample, then all that learns, then latents to replay -> metrics."""
+    batch, index = replay.sample(batch_size, agent.args.batch_length + 1)
+    batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
+    post, metrics = captured(update, agent, optimizer, batch)
     # what is drawn again finds fresh latents; a run that diverges must not spoil rows of its last checkpoint
     replay.write(index[1:], **{k: v.nan_to_num() for k, v in post.items()})
     return metrics
@@ -1323,6 +1328,90 @@ def make_run(args: Args, device: torch.device) -> Path:
 # ==== end shared ====
 
 
+# ==== shared: captured update ====
+class CapturedUpdate:
+    """An update(agent, optimizer, batch) as one CUDA graph: run three times, then recorded, then replayed.
+    Thousands of small kernels take the host longer to launch than the GPU to run; a graph is one launch.
+    A replay runs the same kernels on the same memory, with new random numbers. So an update has fixed
+    shapes, reads nothing on the host, counts nothing in Python, and changes weights and states in place.
+    Trap: its results are overwritten by the next replay."""
+
+    def __init__(self, update, agent: nn.Module, optimizer, batch: dict):
+        self.agent = agent
+        self.batch = {name: value.clone() for name, value in batch.items()}  # where every replay reads
+        self.run = partial(update, agent, optimizer, self.batch)
+        self.stream = torch.cuda.Stream()
+        self.calls = 0
+        self.graph = None
+
+    def __call__(self, batch: dict):
+        for name, value in batch.items():
+            self.batch[name].copy_(value)
+        self.calls += 1
+        if self.calls <= 3:  # libraries choose their kernels, optimisers make their states
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.calls == 4:
+            self.record()
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.results
+
+    def record(self) -> None:
+        """Nothing is computed here. Where it fails, updates go on one kernel after another."""
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
+                self.results = self.run()
+            self.graph = graph
+        except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a broken recording is an error of its own
+            reason, _, _ = str(cause).partition("\n")
+            say(f"updates run without a CUDA graph: {reason}")
+            generator.graphsafe_set_state(before)  # trap: the other state waits for the recording's end
+            self.agent.zero_grad()
+
+
+def can_capture(agent: nn.Module) -> bool:
+    """Graphs are CUDA's. Several processes average their gradients, which is not recorded."""
+    return agent.device.type == "cuda" and agent.args.compile != "off" and not dist.is_initialized()
+
+
+def captured(update, agent: nn.Module, optimizer, batch: dict):
+    """update(agent, optimizer, batch), as a CUDA graph where that is possible."""
+    if not can_capture(agent):
+        return update(agent, optimizer, batch)
+    if update not in agent.graphs:
+        agent.graphs[update] = CapturedUpdate(update, agent, optimizer, batch)
+    return agent.graphs[update](batch)
+
+
+def compiled(function, dynamic: bool | None = False):
+    """torch.compile of a function. Where that fails: one line, and the function as it is."""
+    chosen = torch.compile(function, dynamic=dynamic)
+
+    def call(*args):
+        nonlocal chosen
+        try:
+            return chosen(*args)
+        except RuntimeError as error:
+            if chosen is function:
+                raise
+            reason, _, _ = str(error).partition("\n")
+            say(f"{function.__qualname__} is not compiled: {reason}")
+            chosen = function
+            return function(*args)
+
+    return call
+# ==== end shared ====
+
+
 # ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags, over those of the run that is resumed, or over the preset."""
@@ -1448,9 +1537,9 @@ def main(args: Args) -> None:
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args).to(device)
     torch.manual_seed(seed)  # other samples on every rank
     optimizer = LaProp(agent.parameters(), args.lr, args.warmup, args.agc)
-    if args.compile == "on" or args.compile == "auto" and device.type == "cuda":
-        agent.world.rssm.core = torch.compile(agent.world.rssm.core, dynamic=False)
-        agent.world.decoder.compile(dynamic=False)
+    if args.compile == "on":
+        agent.world.rssm.core = compiled(agent.world.rssm.core)
+        agent.world.decoder.forward = compiled(agent.world.decoder.forward)
 
     # ---- run directory and replay, as they were where a run is resumed ----
     length = args.batch_length + 1  # one row lends its latents and action

@@ -100,7 +100,7 @@ class Args:
     policy_updates: int = 2_000  # of actor and critic (official: 50_000); 0: skip
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA (official: fp16)
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the recurrent steps; auto: on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: CUDA graphs of updates; on: torch.compile too
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
     save_every: int = 2_000  # steps of a phase between checkpoints
@@ -726,7 +726,7 @@ class Behaviour(nn.Module):
     def return_scale(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Per5 and max(1, Per95 - Per5) of the targets, EMA 0.99 that starts at 0."""
         target = gather_ranks(target.flatten())
-        percentiles = target.quantile(torch.tensor([0.05, 0.95]).to(target))
+        percentiles = torch.stack([target.quantile(0.05), target.quantile(0.95)])
         self.percentiles.lerp_(percentiles, 0.01)
         low, high = self.percentiles
         return low, (high - low).clamp(min=1)
@@ -759,6 +759,7 @@ class Behaviour(nn.Module):
             feat = torch.cat([states["deter"], states["stoch"]], -1)
             reward = reward_fn(states, action)
             target, slow_value = self.target(feat, reward)
+        torch.clear_autocast_cache()  # bf16 copies of weights that may have no gradient
         policy_loss, bonus = self.actor_loss(feat, action, target, slow_value)
         losses = dict(policy=policy_loss, value=self.critic_loss(feat, target))
         metrics = {
@@ -860,8 +861,10 @@ class Optimizers:
         return {name: part.state_dict() for name, part in vars(self).items()}
 
     def load_state_dict(self, saved: dict) -> None:
+        """Moments; learning rate and `capturable` are those of the present flags and device."""
         for name, part in vars(self).items():
-            part.load_state_dict(saved[name])
+            groups = part.state_dict()["param_groups"]
+            part.load_state_dict(dict(state=saved[name]["state"], param_groups=groups))
 
 
 class Agent(nn.Module):
@@ -879,16 +882,16 @@ class Agent(nn.Module):
         self.disagreement = Disagreement(self.world.feat + action_dim, self.world.encoder.tokens)
         self.explorer = Behaviour(self.world.feat, action_dim, discrete, args)
         self.target = {}  # view (H+1,N,...) of the trajectory that the prompt asks for
+        self.graphs = {}  # updates that became CUDA graphs
 
     @property
     def device(self) -> torch.device:
         return self.behaviour.updates.device
 
     def autocast(self):
-        """bf16 for matrix products and convolutions. Trap: with autocast's cache, weights first used under
-        no_grad (the actor's, in the dream) would stay without gradient in the same update."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16", cache_enabled=False)
+        """bf16 for matrix products and convolutions. Each weight is cast once and kept until the end, not
+        once per step. Trap: where the first use was under no_grad, the kept copy has no gradient."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     def initial(self, num_envs: int) -> dict:
         """State before the first observation: h, s and the previous action are zero."""
@@ -937,7 +940,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()  # a goal is given
     def set_prompt(self, vl_embed: torch.Tensor, count: int) -> None:
-        """Unit embedding (E,) of a text or video -> targets of `count` dreams, for all updates to come.
+        """Unit embedding (E,) of a text or video -> targets of `count` dreams, for all updates to come: a
+        CUDA graph reads these tensors ever after.
         Videos pass the aligner too (official). Each dream has its own first sample; then modes follow."""
         aligned = self.connector.aligner(vl_embed)
         steps = self.args.imag_horizon + 2  # the first step is left out (official)
@@ -989,10 +993,8 @@ def get_rows(agent: Agent, replay: Replay, batch_size: int, length: int) -> dict
     return {k: v.to(agent.device, non_blocking=True) for k, v in rows.items()}
 
 
-def train_world_model(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
-    """One pre-training update: sample, world model, then the connector on its posteriors -> metrics.
-    Fixed shapes and no host reads, as in the other two."""
-    rows = get_rows(agent, replay, batch_size, agent.args.batch_length)
+def update_world_model(agent: Agent, optimizer: Optimizers, rows: dict) -> dict:
+    """Rows (T,B,...): the world model, then the connector on its posteriors -> metrics."""
     with agent.autocast():
         loss, post, metrics = agent.world.loss(rows)
     metrics["grad/model_norm"] = optimizer.world.update(loss)
@@ -1004,9 +1006,14 @@ def train_world_model(agent: Agent, optimizer: Optimizers, replay: Replay, batch
     return metrics
 
 
-def train_explorer(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
-    """One update of Plan2Explore: world model, disagreement, then the explorer in dreams -> metrics."""
+def train_world_model(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
+    """One pre-training update: sample, then world model and connector -> metrics."""
     rows = get_rows(agent, replay, batch_size, agent.args.batch_length)
+    return captured(update_world_model, agent, optimizer, rows)
+
+
+def update_explorer(agent: Agent, optimizer: Optimizers, rows: dict) -> dict:
+    """Rows (T,B,...): world model, disagreement, then the explorer in dreams -> metrics."""
     with agent.autocast():
         loss, post, metrics = agent.world.loss(rows)
     metrics["grad/model_norm"] = optimizer.world.update(loss)
@@ -1027,18 +1034,21 @@ def train_explorer(agent: Agent, optimizer: Optimizers, replay: Replay, batch_si
     return metrics
 
 
-def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
-    """One policy update: dreams that should resemble the target, from replayed states or none -> metrics.
-    World model and connector are frozen."""
+def train_explorer(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
+    """One update of Plan2Explore: sample, then all that learns -> metrics."""
+    rows = get_rows(agent, replay, batch_size, agent.args.batch_length)
+    return captured(update_explorer, agent, optimizer, rows)
+
+
+def update_behaviour(agent: Agent, optimizer: Optimizers, batch: dict) -> dict:
+    """Actor and critic in dreams that should resemble the target, from the states of replayed rows (T,B,...)
+    or from states (N,...) made without data -> metrics. World model and connector are frozen."""
     args = agent.args
-    with torch.no_grad(), agent.autocast():
-        if args.data_free:
-            count = batch_size * args.policy_batch_length
-            start = agent.data_free_start(count, args.policy_batch_length // 2)
-        else:
-            rows = get_rows(agent, replay, batch_size, args.policy_batch_length)
-            post, _ = agent.world.observe(rows)
-            start = {k: v.flatten(0, 1) for k, v in post.items()}
+    start = batch
+    if not args.data_free:
+        with torch.no_grad(), agent.autocast():
+            post, _ = agent.world.observe(batch)
+        start = {k: v.flatten(0, 1) for k, v in post.items()}
 
     metrics = {}
 
@@ -1057,6 +1067,17 @@ def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, batch_s
     metrics["grad/critic_norm"] = optimizer.critic.update(losses["value"])
     agent.behaviour.update_slow_critic()
     return metrics
+
+
+def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
+    """One policy update: sampled rows, or states made without data, then all that learns -> metrics."""
+    length = agent.args.policy_batch_length
+    if agent.args.data_free:
+        with torch.no_grad(), agent.autocast():
+            batch = agent.data_free_start(batch_size * length, length // 2)
+    else:
+        batch = get_rows(agent, replay, batch_size, length)
+    return captured(update_behaviour, agent, optimizer, batch)
 
 
 # ======== 7. environment ========
@@ -1995,6 +2016,90 @@ def make_run(args: Args, device: torch.device) -> Path:
 # ==== end shared ====
 
 
+# ==== shared: captured update ====
+class CapturedUpdate:
+    """An update(agent, optimizer, batch) as one CUDA graph: run three times, then recorded, then replayed.
+    Thousands of small kernels take the host longer to launch than the GPU to run; a graph is one launch.
+    A replay runs the same kernels on the same memory, with new random numbers. So an update has fixed
+    shapes, reads nothing on the host, counts nothing in Python, and changes weights and states in place.
+    Trap: its results are overwritten by the next replay."""
+
+    def __init__(self, update, agent: nn.Module, optimizer, batch: dict):
+        self.agent = agent
+        self.batch = {name: value.clone() for name, value in batch.items()}  # where every replay reads
+        self.run = partial(update, agent, optimizer, self.batch)
+        self.stream = torch.cuda.Stream()
+        self.calls = 0
+        self.graph = None
+
+    def __call__(self, batch: dict):
+        for name, value in batch.items():
+            self.batch[name].copy_(value)
+        self.calls += 1
+        if self.calls <= 3:  # libraries choose their kernels, optimisers make their states
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.calls == 4:
+            self.record()
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.results
+
+    def record(self) -> None:
+        """Nothing is computed here. Where it fails, updates go on one kernel after another."""
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
+                self.results = self.run()
+            self.graph = graph
+        except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a broken recording is an error of its own
+            reason, _, _ = str(cause).partition("\n")
+            say(f"updates run without a CUDA graph: {reason}")
+            generator.graphsafe_set_state(before)  # trap: the other state waits for the recording's end
+            self.agent.zero_grad()
+
+
+def can_capture(agent: nn.Module) -> bool:
+    """Graphs are CUDA's. Several processes average their gradients, which is not recorded."""
+    return agent.device.type == "cuda" and agent.args.compile != "off" and not dist.is_initialized()
+
+
+def captured(update, agent: nn.Module, optimizer, batch: dict):
+    """update(agent, optimizer, batch), as a CUDA graph where that is possible."""
+    if not can_capture(agent):
+        return update(agent, optimizer, batch)
+    if update not in agent.graphs:
+        agent.graphs[update] = CapturedUpdate(update, agent, optimizer, batch)
+    return agent.graphs[update](batch)
+
+
+def compiled(function, dynamic: bool | None = False):
+    """torch.compile of a function. Where that fails: one line, and the function as it is."""
+    chosen = torch.compile(function, dynamic=dynamic)
+
+    def call(*args):
+        nonlocal chosen
+        try:
+            return chosen(*args)
+        except RuntimeError as error:
+            if chosen is function:
+                raise
+            reason, _, _ = str(error).partition("\n")
+            say(f"{function.__qualname__} is not compiled: {reason}")
+            chosen = function
+            return function(*args)
+
+    return call
+# ==== end shared ====
+
+
 # ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags, over those of the run that is resumed, or over the preset."""
@@ -2353,10 +2458,10 @@ def main(args: Args) -> None:
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args, vl_dim).to(device)
     torch.manual_seed(seed)  # other samples on every rank
     optimizer = Optimizers(agent, args)
-    if args.compile == "on" or args.compile == "auto" and device.type == "cuda":
-        agent.world.rssm.core = torch.compile(agent.world.rssm.core, dynamic=False)
-        agent.connector.core = torch.compile(agent.connector.core, dynamic=False)
-        agent.world.decoder.compile(dynamic=False)
+    if args.compile == "on":
+        agent.world.rssm.core = compiled(agent.world.rssm.core)
+        agent.connector.core = compiled(agent.connector.core)
+        agent.world.decoder.forward = compiled(agent.world.decoder.forward)
 
     # ---- run directory and replay, as they were where a run is resumed ----
     capacity = saved.get("capacity") or choose_capacity(args, files, ranks)

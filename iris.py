@@ -90,7 +90,7 @@ class Args:
     total_timesteps: int = 100_000  # policy steps; frames = steps x action repeat (official)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: fp32, with TF32 on CUDA (official)
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of both model losses; auto: on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: CUDA graphs of updates; on: torch.compile too
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
     save_every: int = 2_000  # policy steps between checkpoints
@@ -486,8 +486,7 @@ class Tokenizer(nn.Module):
         }
         if perceptual is not None:
             losses["perceptual"] = perceptual(recon, target).mean()
-        used = torch.zeros(len(self.codebook.weight), device=z.device)
-        used[tokens.flatten()] = 1.0
+        used = torch.zeros(len(self.codebook.weight), device=z.device).index_fill_(0, tokens.flatten(), 1.0)
         return losses, {"wm/words_used": used.mean()}
 
 
@@ -724,6 +723,7 @@ class Behaviour(nn.Module):
                 rewards.append(reward)
                 ends.append(end)
                 frame = tokenizer.decode(dream.tokens)
+        torch.clear_autocast_cache()  # bf16 copies of weights that have no gradient
         return dict(
             frames=torch.stack(frames), action=torch.stack(actions), reward=torch.stack(rewards),
             end=torch.stack(ends), hidden=start[0], cell=start[1])
@@ -767,11 +767,12 @@ class Optimizers:
             dict(params=others, weight_decay=0.0),
         ]
         fused = agent.device.type in ("cpu", "cuda")  # in one kernel, without host reads
+        options = dict(fused=fused, capturable=agent.device.type == "cuda")
         self.grad_clip = args.grad_clip
         self.parts = {
-            "tokenizer": torch.optim.Adam(agent.tokenizer.parameters(), args.lr, fused=fused),
-            "world": torch.optim.AdamW(groups, args.lr, fused=fused),
-            "behaviour": torch.optim.Adam(agent.behaviour.parameters(), args.lr, fused=fused),
+            "tokenizer": torch.optim.Adam(agent.tokenizer.parameters(), args.lr, **options),
+            "world": torch.optim.AdamW(groups, args.lr, **options),
+            "behaviour": torch.optim.Adam(agent.behaviour.parameters(), args.lr, **options),
         }
 
     def step(self, name: str, losses: dict) -> dict:
@@ -808,16 +809,16 @@ class Agent(nn.Module):
         self.world = WorldModel((height // 16) * (width // 16), action_dim, args)
         self.behaviour = Behaviour(shapes["image"], action_dim, args)
         self.perceptual = choose_perceptual_loss(args, channels)
+        self.graphs = {}  # updates that became CUDA graphs
 
     @property
     def device(self) -> torch.device:
         return self.world.places.device
 
     def autocast(self):
-        """bf16 for matrix products and convolutions. Trap: with autocast's cache, weights first used under
-        no_grad (the policy's, in the dream) would stay without gradient in the same update."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16", cache_enabled=False)
+        """bf16 for matrix products and convolutions. Each weight is cast once and kept until the end, not
+        once per step. Trap: where the first use was under no_grad, the kept copy has no gradient."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     def initial(self, num_envs: int) -> dict:
         """Policy state before the first observation."""
@@ -866,34 +867,48 @@ class Agent(nn.Module):
         return dict(hidden=float32(hidden), cell=float32(cell))
 
 
-def train_tokenizer(agent: Agent, optimizers: Optimizers, replay: Replay, batch_size: int) -> dict:
-    """One update of the tokenizer on single frames -> metrics. No host reads, as in the other two."""
-    batch = replay.sample(batch_size, 1, "image")
-    image = batch["image"][0].to(agent.device, non_blocking=True)
+def update_tokenizer(agent: Agent, optimizers: Optimizers, batch: dict) -> dict:
+    """Images (1,B,Y,X,C) -> metrics."""
     with agent.autocast():
-        losses, metrics = agent.tokenizer.loss(to_frames(image), agent.perceptual)
+        losses, metrics = agent.tokenizer.loss(to_frames(batch["image"][0]), agent.perceptual)
     return metrics | optimizers.step("tokenizer", losses)
+
+
+def train_tokenizer(agent: Agent, optimizers: Optimizers, replay: Replay, batch_size: int) -> dict:
+    """One update of the tokenizer on single frames -> metrics."""
+    batch = replay.sample(batch_size, 1, "image")
+    batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
+    return captured(update_tokenizer, agent, optimizers, batch)
+
+
+def update_world_model(agent: Agent, optimizers: Optimizers, batch: dict) -> dict:
+    """Sequences (T,B,...) -> metrics."""
+    with agent.autocast():
+        losses, metrics = agent.world.loss(batch, agent.args.dropout)
+    return metrics | optimizers.step("world", losses)
 
 
 def train_world_model(agent: Agent, optimizers: Optimizers, replay: Replay, batch_size: int) -> dict:
     """One update of the Transformer on sequences of tokens, which `replay.tokenize` has made -> metrics."""
-    args = agent.args
-    batch = replay.sample(batch_size, args.batch_length, "tokens action reward end")
+    batch = replay.sample(batch_size, agent.args.batch_length, "tokens action reward end")
     batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
+    return captured(update_world_model, agent, optimizers, batch)
+
+
+def update_behaviour(agent: Agent, optimizers: Optimizers, batch: dict) -> dict:
+    """Frames (burn_in+1,B,...): actor and critic in dreams that begin at the last one -> metrics."""
     with agent.autocast():
-        losses, metrics = agent.world.loss(batch, args.dropout)
-    return metrics | optimizers.step("world", losses)
+        dream = agent.behaviour.imagine(
+            agent.tokenizer, agent.world, batch["tokens"][-1], batch["recon"], batch["mask"])
+        losses, metrics = agent.behaviour.loss(dream)
+    return metrics | optimizers.step("behaviour", losses)
 
 
 def train_behaviour(agent: Agent, optimizers: Optimizers, replay: Replay, batch_size: int) -> dict:
     """One update of actor and critic in dreams, begun at the last frame of sampled sequences -> metrics."""
     batch = replay.sample(batch_size, agent.args.burn_in + 1, "tokens recon", last=True)
     batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
-    with agent.autocast():
-        dream = agent.behaviour.imagine(
-            agent.tokenizer, agent.world, batch["tokens"][-1], batch["recon"], batch["mask"])
-        losses, metrics = agent.behaviour.loss(dream)
-    return metrics | optimizers.step("behaviour", losses)
+    return captured(update_behaviour, agent, optimizers, batch)
 
 
 # ======== 7. environment ========
@@ -1556,6 +1571,90 @@ def make_run(args: Args, device: torch.device) -> Path:
 # ==== end shared ====
 
 
+# ==== shared: captured update ====
+class CapturedUpdate:
+    """An update(agent, optimizer, batch) as one CUDA graph: run three times, then recorded, then replayed.
+    Thousands of small kernels take the host longer to launch than the GPU to run; a graph is one launch.
+    A replay runs the same kernels on the same memory, with new random numbers. So an update has fixed
+    shapes, reads nothing on the host, counts nothing in Python, and changes weights and states in place.
+    Trap: its results are overwritten by the next replay."""
+
+    def __init__(self, update, agent: nn.Module, optimizer, batch: dict):
+        self.agent = agent
+        self.batch = {name: value.clone() for name, value in batch.items()}  # where every replay reads
+        self.run = partial(update, agent, optimizer, self.batch)
+        self.stream = torch.cuda.Stream()
+        self.calls = 0
+        self.graph = None
+
+    def __call__(self, batch: dict):
+        for name, value in batch.items():
+            self.batch[name].copy_(value)
+        self.calls += 1
+        if self.calls <= 3:  # libraries choose their kernels, optimisers make their states
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.calls == 4:
+            self.record()
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.results
+
+    def record(self) -> None:
+        """Nothing is computed here. Where it fails, updates go on one kernel after another."""
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
+                self.results = self.run()
+            self.graph = graph
+        except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a broken recording is an error of its own
+            reason, _, _ = str(cause).partition("\n")
+            say(f"updates run without a CUDA graph: {reason}")
+            generator.graphsafe_set_state(before)  # trap: the other state waits for the recording's end
+            self.agent.zero_grad()
+
+
+def can_capture(agent: nn.Module) -> bool:
+    """Graphs are CUDA's. Several processes average their gradients, which is not recorded."""
+    return agent.device.type == "cuda" and agent.args.compile != "off" and not dist.is_initialized()
+
+
+def captured(update, agent: nn.Module, optimizer, batch: dict):
+    """update(agent, optimizer, batch), as a CUDA graph where that is possible."""
+    if not can_capture(agent):
+        return update(agent, optimizer, batch)
+    if update not in agent.graphs:
+        agent.graphs[update] = CapturedUpdate(update, agent, optimizer, batch)
+    return agent.graphs[update](batch)
+
+
+def compiled(function, dynamic: bool | None = False):
+    """torch.compile of a function. Where that fails: one line, and the function as it is."""
+    chosen = torch.compile(function, dynamic=dynamic)
+
+    def call(*args):
+        nonlocal chosen
+        try:
+            return chosen(*args)
+        except RuntimeError as error:
+            if chosen is function:
+                raise
+            reason, _, _ = str(error).partition("\n")
+            say(f"{function.__qualname__} is not compiled: {reason}")
+            chosen = function
+            return function(*args)
+
+    return call
+# ==== end shared ====
+
+
 # ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags, over those of the run that is resumed, or over the preset."""
@@ -1684,9 +1783,9 @@ def main(args: Args) -> None:
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args).to(device)
     torch.manual_seed(seed)  # other samples on every rank
     optimizers = Optimizers(agent, args)
-    if args.compile == "on" or args.compile == "auto" and device.type == "cuda":
-        agent.tokenizer.loss = torch.compile(agent.tokenizer.loss, dynamic=False)
-        agent.world.logits = torch.compile(agent.world.logits, dynamic=False)
+    if args.compile == "on":
+        agent.tokenizer.loss = compiled(agent.tokenizer.loss)
+        agent.world.logits = compiled(agent.world.logits)
 
     # ---- run directory and replay, as they were where a run is resumed ----
     # an episode has one row more than steps: up to twice as many in all, on disk only once they are used

@@ -87,7 +87,7 @@ class Args:
     total_timesteps: int = 100_000  # policy steps; frames = steps x action repeat (official)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: fp32, with TF32 on CUDA (official: fp32)
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of layers and decoder; auto: on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: CUDA graphs of updates; on: torch.compile too
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
     save_every: int = 5_000  # policy steps between checkpoints
@@ -504,7 +504,7 @@ class Dynamics(nn.Module):
             tokens = self.tokens(latent[None], action[None], torch.zeros_like(action[None]))[:, :2]
             first = torch.zeros(len(latent), 2, dtype=torch.long, device=latent.device)
             return self.transformer(tokens, first, 0, cache)[:, -1]
-        tokens = self.tokens(latent[None], action[None], reward[None])[:, [2, 0, 1]]
+        tokens = self.tokens(latent[None], action[None], reward[None]).roll(1, 1)
         first = first_visible(begin.T, self.args.memory_length, step - 1)[:, 2:5]  # r, z, a
         return self.transformer(tokens, first, 3 * step - 1, cache)[:, -1]
 
@@ -588,8 +588,9 @@ class WorldModel(nn.Module):
         """obs (T+2,B,Y,X,C) in [0,1], the others (T+1,B) -> losses of phi, losses of psi, z (T+1,B,Z),
         metrics. Step 0 is context: it is seen, and its prediction is used, but it has no loss of its own."""
         with torch.no_grad():  # of context and last observation only z and the logits are needed
-            edge_logits = self.encoder(obs[[0, -1]])
+            edge_logits = self.encoder(torch.stack([obs[0], obs[-1]]))
             context = sample_latent(edge_logits[:1])
+        torch.clear_autocast_cache()  # bf16 copies of weights that have no gradient
         observation, post_logits, latent = self.observation_losses(obs[1:-1])
 
         # the dynamics do not train the encoder: gradients of the two meet only in the consistency loss
@@ -667,6 +668,7 @@ class Behaviour(nn.Module):
             now_begun = torch.where(end, t + 1, begun)
         dream = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
         dream["latent"] = torch.cat([dream["latent"], latent[None]])
+        torch.clear_autocast_cache()  # bf16 copies of weights that have no gradient
         return dream
 
     @torch.no_grad()
@@ -674,6 +676,7 @@ class Behaviour(nn.Module):
         """latent (H+1,N,Z), the others (H,N) -> advantages and returns (H,N), with the critic as it is. The
         reward of an end counts, what follows does not."""
         value = self.value(latent)
+        torch.clear_autocast_cache()  # bf16 copies of weights that have no gradient
         advantage = gae(reward, cont * ~end, value, self.args.lam)
         return advantage, advantage + value[:-1]
 
@@ -784,16 +787,16 @@ class Agent(nn.Module):
         self.action_dim = action_dim
         self.world = WorldModel(shapes, action_dim, args)
         self.behaviour = Behaviour(action_dim, args)
+        self.graphs = {}  # updates that became CUDA graphs
 
     @property
     def device(self) -> torch.device:
         return self.world.dynamics.transformer.u.device
 
     def autocast(self):
-        """bf16 for matrix products and convolutions. Trap: with autocast's cache, weights first used under
-        no_grad (the actor's, in the dream) would stay without gradient in the same update."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16", cache_enabled=False)
+        """bf16 for matrix products and convolutions. Each weight is cast once and kept until the end, not
+        once per step. Trap: where the first use was under no_grad, the kept copy has no gradient."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     def prepare(self, rows: dict) -> dict:
         """Replayed fields, on the device; the reward becomes tanh(reward) (official)."""
@@ -837,10 +840,11 @@ class Agent(nn.Module):
         return F.one_hot(index, self.action_dim).to(torch.get_default_dtype())
 
 
-def train_world_model(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> tuple:
-    """One step of psi, then of phi, on one batch -> states where dreams can start (T*B,...), metrics."""
+def update_world_model(agent: Agent, optimizer: Optimizers, batch: dict) -> tuple[dict, dict]:
+    """Prepared rows (T+1,B,...), images (T+2,B,...): one step of psi, then of phi -> states where dreams can
+    start (T*B,...), metrics."""
     world = agent.world
-    rows = agent.prepare(replay.sample(batch_size, agent.args.batch_length))
+    rows = dict(batch)
     obs = rows.pop("image") / 255
     world.train()  # with dropout, also where predictions are the target of the consistency loss (official)
     with agent.autocast():
@@ -850,6 +854,12 @@ def train_world_model(agent: Agent, optimizer: Optimizers, replay: Replay, batch
     world.eval()
     metrics.update({f"losses/{k}": v.detach() for k, v in {**observation, **dynamics}.items()})
     return dream_starts(latent, rows), metrics
+
+
+def train_world_model(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> tuple:
+    """One update of the world model: sample, then all that learns -> starts of dreams, metrics."""
+    rows = agent.prepare(replay.sample(batch_size, agent.args.batch_length))
+    return captured(update_world_model, agent, optimizer, rows)
 
 
 def dream_starts(latent: torch.Tensor, rows: dict) -> dict:
@@ -865,16 +875,13 @@ def dream_starts(latent: torch.Tensor, rows: dict) -> dict:
     }
 
 
-def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, start: dict, imag_batch: int):
-    """Dreams from `imag_batch` of the start states, without replacement; one step of the critic, one of the
-    actor -> metrics."""
-    chosen = torch.randperm(len(start["reward"]), device=agent.device)[:imag_batch]
-    start = {k: v[chosen] for k, v in start.items()}
-    images = replay.sample_images(imag_batch).to(agent.device, non_blocking=True)
+def update_behaviour(agent: Agent, optimizer: Optimizers, batch: dict) -> dict:
+    """States where dreams start (N,...), images (N,Y,X,C) where they go on after an end: one step of the
+    critic, one of the actor -> metrics."""
     with agent.autocast():
         with torch.no_grad():
-            restart = sample_latent(agent.world.encoder(images / 255))
-        dream = agent.behaviour.imagine(agent.world, start, restart)
+            restart = sample_latent(agent.world.encoder(batch["image"] / 255))
+        dream = agent.behaviour.imagine(agent.world, batch, restart)
         losses, metrics = agent.behaviour.losses(dream)
     metrics["grad/critic_norm"] = optimizer.critic.step(losses["value"])
     metrics["grad/actor_norm"] = optimizer.actor.step(losses["policy"])
@@ -882,13 +889,21 @@ def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, start: 
     return metrics
 
 
+def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, start: dict, imag_batch: int):
+    """One update of the behaviour in dreams from `imag_batch` of the start states, without replacement ->
+    metrics."""
+    chosen = torch.randperm(len(start["reward"]), device=agent.device)[:imag_batch]
+    batch = {k: v[chosen] for k, v in start.items()}
+    batch["image"] = replay.sample_images(imag_batch).to(agent.device, non_blocking=True)
+    return captured(update_behaviour, agent, optimizer, batch)
+
+
 def train_step(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
     """One update of everything: world model, then actor and critic in dreams of it -> metrics. Fixed shapes
     and no host reads."""
     start, metrics = train_world_model(agent, optimizer, replay, batch_size)
     imag_batch = agent.args.imag_batch * batch_size // agent.args.batch_size  # of this rank
-    metrics.update(train_behaviour(agent, optimizer, replay, start, imag_batch))
-    return metrics
+    return metrics | train_behaviour(agent, optimizer, replay, start, imag_batch)
 
 
 def updates_due(credit: float, train_every: float) -> tuple[int, float]:
@@ -901,7 +916,8 @@ def updates_due(credit: float, train_every: float) -> tuple[int, float]:
     return count, credit
 
 
-# ---- pre-training, on the random steps; nothing of it counts as a visit ----
+# ---- pre-training, on the random steps; nothing of it counts as a visit. The last batch of an epoch is
+# smaller, so these updates are no CUDA graphs ----
 def pretrain_observation(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> tuple:
     """The observation model alone, without consistency, on a batch of images -> metrics, images."""
     images = replay.next_images(batch_size * agent.args.batch_length).to(agent.device)
@@ -1699,6 +1715,90 @@ def make_run(args: Args, device: torch.device) -> Path:
 # ==== end shared ====
 
 
+# ==== shared: captured update ====
+class CapturedUpdate:
+    """An update(agent, optimizer, batch) as one CUDA graph: run three times, then recorded, then replayed.
+    Thousands of small kernels take the host longer to launch than the GPU to run; a graph is one launch.
+    A replay runs the same kernels on the same memory, with new random numbers. So an update has fixed
+    shapes, reads nothing on the host, counts nothing in Python, and changes weights and states in place.
+    Trap: its results are overwritten by the next replay."""
+
+    def __init__(self, update, agent: nn.Module, optimizer, batch: dict):
+        self.agent = agent
+        self.batch = {name: value.clone() for name, value in batch.items()}  # where every replay reads
+        self.run = partial(update, agent, optimizer, self.batch)
+        self.stream = torch.cuda.Stream()
+        self.calls = 0
+        self.graph = None
+
+    def __call__(self, batch: dict):
+        for name, value in batch.items():
+            self.batch[name].copy_(value)
+        self.calls += 1
+        if self.calls <= 3:  # libraries choose their kernels, optimisers make their states
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.calls == 4:
+            self.record()
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.results
+
+    def record(self) -> None:
+        """Nothing is computed here. Where it fails, updates go on one kernel after another."""
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
+                self.results = self.run()
+            self.graph = graph
+        except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a broken recording is an error of its own
+            reason, _, _ = str(cause).partition("\n")
+            say(f"updates run without a CUDA graph: {reason}")
+            generator.graphsafe_set_state(before)  # trap: the other state waits for the recording's end
+            self.agent.zero_grad()
+
+
+def can_capture(agent: nn.Module) -> bool:
+    """Graphs are CUDA's. Several processes average their gradients, which is not recorded."""
+    return agent.device.type == "cuda" and agent.args.compile != "off" and not dist.is_initialized()
+
+
+def captured(update, agent: nn.Module, optimizer, batch: dict):
+    """update(agent, optimizer, batch), as a CUDA graph where that is possible."""
+    if not can_capture(agent):
+        return update(agent, optimizer, batch)
+    if update not in agent.graphs:
+        agent.graphs[update] = CapturedUpdate(update, agent, optimizer, batch)
+    return agent.graphs[update](batch)
+
+
+def compiled(function, dynamic: bool | None = False):
+    """torch.compile of a function. Where that fails: one line, and the function as it is."""
+    chosen = torch.compile(function, dynamic=dynamic)
+
+    def call(*args):
+        nonlocal chosen
+        try:
+            return chosen(*args)
+        except RuntimeError as error:
+            if chosen is function:
+                raise
+            reason, _, _ = str(error).partition("\n")
+            say(f"{function.__qualname__} is not compiled: {reason}")
+            chosen = function
+            return function(*args)
+
+    return call
+# ==== end shared ====
+
+
 # ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags, over those of the run that is resumed, or over the preset."""
@@ -1850,10 +1950,10 @@ def main(args: Args) -> None:
     agent.eval()  # dropout only where the world model trains
     torch.manual_seed(seed)  # other samples on every rank
     optimizer = Optimizers(agent, args)
-    if args.compile == "on" or args.compile == "auto" and device.type == "cuda":
-        agent.world.decoder.compile(dynamic=False)
+    if args.compile == "on":
+        agent.world.decoder.forward = compiled(agent.world.decoder.forward)
         for layer in agent.world.dynamics.transformer.layers:
-            layer.compile()
+            layer.forward = compiled(layer.forward, dynamic=None)
 
     # ---- run directory and replay, as they were where a run is resumed ----
     # the whole run is kept: an episode has one row more than steps, and rows are on disk only once they are
