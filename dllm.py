@@ -99,7 +99,7 @@ class Args:
     total_timesteps: int = 1_000_000  # policy steps; frames = steps x action repeat (official: 110_000)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA (official)
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the recurrent step; auto: on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: CUDA graphs of updates; on: torch.compile too
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
     save_every: int = 10_000  # policy steps between checkpoints
@@ -321,7 +321,8 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.unflatten(-1, self.weight.shape[:2])  # (N,G,in/G)
-        x = torch.einsum("ngi,gio->ngo", x, self.weight).flatten(1)
+        # einsum("ngi,gio->ngo"); trap: einsum would hide from autocast that the weight was cast before
+        x = torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1).flatten(1)
         return x + self.bias.to(x.dtype)
 
 
@@ -450,7 +451,7 @@ class PhraseBook(nn.Module):
         self.fixed = fixed
         self.phrases = []
         self.numbers = {}
-        self.file = None
+        self.path = None
         self.register_buffer("known", torch.tensor(0), persistent=False)  # how many phrases there are
         self.register_buffer("embeds", torch.zeros(capacity, embedder.dim), persistent=False)
         self.register_buffer("tally", torch.zeros(capacity, len(self.COLUMNS)), persistent=False)
@@ -475,15 +476,24 @@ class PhraseBook(nn.Module):
         self.phrases.append(phrase)
         self.embeds[count] = torch.as_tensor(self.embedder(phrase))
         self.known += 1
-        if self.file:
-            print(phrase, file=self.file, flush=True)
+        if self.path:
+            with open(self.path, "a") as file:
+                print(phrase, file=file)
+
+    def count_drawn(self, numbers: torch.Tensor, fates: dict) -> None:
+        """Goals (T,B,K) of a batch, and amounts by column. In shares of a row: whole numbers would soon be
+        beyond float32."""
+        share = 1 / numbers[..., 0].numel()
+        self.count(numbers, "drawn", share)
+        for column, amounts in fates.items():
+            self.count(numbers, column, share * amounts)
 
     def open(self, path: Path) -> None:
         """Add the phrases of a file, if it exists; keep in it what is added from now on."""
         if path.exists():
             for phrase in path.read_text().splitlines():
                 self.number(phrase)
-        self.file = open(path, "a")
+        self.path = path
 
     def count(self, numbers: torch.Tensor, column: str, amounts) -> None:
         """Add amounts to a column of the tally; a number of -1 counts nothing."""
@@ -714,7 +724,7 @@ class Behaviour(nn.Module):
         policy = self.policy(feat)
         if self.discrete:
             return sample_onehot(policy.exp(), torch.empty_like(policy).exponential_())
-        return policy.sample()
+        return policy.mean + policy.stddev * torch.randn_like(policy.mean)  # trap: sample() asks the host
 
     @torch.no_grad()  # REINFORCE needs no gradient through the dream
     def imagine(self, rssm: RSSM, deter: torch.Tensor, stoch: torch.Tensor) -> tuple:
@@ -725,6 +735,7 @@ class Behaviour(nn.Module):
             deter, stoch = rssm.imagine_step(deter, stoch, action)
             feats.append(torch.cat([deter, stoch], -1))
             actions.append(action)
+        torch.clear_autocast_cache()  # bf16 copies of weights that have no gradient
         return torch.stack(feats), torch.stack(actions)
 
     @torch.no_grad()
@@ -847,7 +858,8 @@ class Optimizers:
     def __init__(self, agent: Agent, args: Args):
         joint = [*agent.world.parameters(), *agent.behaviour.parameters()]
         self.joint = LaProp(joint, args.lr, args.warmup, args.agc)
-        self.rnd = torch.optim.Adam(agent.rnd.predictor.parameters(), args.rnd_lr)
+        predictor = agent.rnd.predictor.parameters()
+        self.rnd = torch.optim.Adam(predictor, args.rnd_lr, capturable=agent.device.type == "cuda")
 
     def state_dict(self) -> dict:
         return {name: part.state_dict() for name, part in vars(self).items()}
@@ -869,16 +881,16 @@ class Agent(nn.Module):
         self.captions = self.world.captions
         self.goals = PhraseBook(self.captions.embedder, capacity=64)
         self.rnd = RND(self.captions.embedder.dim, args)
+        self.graphs = {}  # updates that became CUDA graphs
 
     @property
     def device(self) -> torch.device:
         return self.world.bins.device
 
     def autocast(self):
-        """bf16 for matrix products and convolutions. Trap: with autocast's cache, weights first used under
-        no_grad (the actor's, in the dream) would stay without gradient in the same update."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16", cache_enabled=False)
+        """bf16 for matrix products and convolutions. Each weight is cast once and kept until the end, not
+        once per step. Trap: where the first use was under no_grad, the kept copy has no gradient."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     def initial(self, num_envs: int) -> dict:
         """State before the first observation: h, z and the previous action are zero."""
@@ -908,15 +920,16 @@ class Agent(nn.Module):
         return dict(deter=float32(deter[0]), stoch=float32(stoch[0]), action=action, caption=caption)
 
     def look_up(self, batch: dict) -> dict:
-        """Replay rows with the embeddings of their captions (T,B,E) and goals (T,B,K,E)."""
+        """Replay rows with the embeddings of their captions (T,B,E) and goals (T,B,K,E), and `goal_bank`, all
+        goals that there are."""
         caption_embed = self.captions.embeds[batch["caption"].long()]
         goal_embed = self.goals.embeds[batch["goals"].long().clamp(min=0)]  # -1: no goal, which never counts
-        return dict(batch, caption_embed=caption_embed, goal_embed=goal_embed)
+        return dict(batch, caption_embed=caption_embed, goal_embed=goal_embed, goal_bank=self.goals.embeds)
 
     def loss(self, batch: dict) -> tuple[torch.Tensor, dict, torch.Tensor, dict]:
         """Replay rows (T+1,B,...) with embeddings and novelty -> scalar loss, posterior for replay, goals
         that dreams reached (T,B,K), metrics."""
-        rows = {k: v[1:] for k, v in batch.items()}
+        rows = {k: v[1:] for k, v in batch.items() if k != "goal_bank"}
         context = dict(
             prev_action=batch["action"][:-1], is_first=rows["is_first"],
             deter=batch["deter"][0], stoch=batch["stoch"][0])
@@ -931,10 +944,10 @@ class Agent(nn.Module):
         return total, {k: v.detach() for k, v in post.items()}, reached, metrics
 
 
-def train_novelty(agent: Agent, optimizer: torch.optim.Adam, batch: dict) -> tuple[torch.Tensor, dict]:
+def learn_novelty(agent: Agent, optimizer: torch.optim.Adam, batch: dict) -> tuple[torch.Tensor, dict]:
     """One step of the predictor on a batch's goals -> their novelty (T,B,K), of before it, and metrics."""
     valid = batch["goals"] >= 0
-    errors = agent.rnd.error(agent.goals.embeds)  # of all phrases: a batch has few of them, many times each
+    errors = agent.rnd.error(batch["goal_bank"])  # of all phrases: a batch has few of them, many times each
     error = errors[batch["goals"].long().clamp(min=0)]
     count = gather_ranks(valid.sum()[None]).to(error).mean()  # ranks may differ in it, but divide by the same
     loss = torch.where(valid, error, 0).sum() / count.clamp(min=1)
@@ -945,15 +958,11 @@ def train_novelty(agent: Agent, optimizer: torch.optim.Adam, batch: dict) -> tup
     return agent.rnd.novelty(error.detach(), valid), {"losses/rnd": loss.detach()}
 
 
-def train_step(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
-    """One update: sample, novelty of the goals, loss, backward, optimiser, slow critic, latents to replay
-    -> metrics. Fixed shapes and no host reads."""
-    args = agent.args
-    batch, index = replay.sample(batch_size, args.batch_length + 1)
-    batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
-    batch = agent.look_up(batch)
-    batch["novelty"], rnd_metrics = train_novelty(agent, optimizer.rnd, batch)
-    loss, post, reached, metrics = agent.loss(batch)
+def update(agent: Agent, optimizer: Optimizers, batch: dict) -> tuple[dict, dict, dict]:
+    """Replay rows (T+1,B,...) with embeddings: novelty, loss, backward, optimiser, slow critic
+    -> posterior for replay, what became of the goals, metrics."""
+    novelty, rnd_metrics = learn_novelty(agent, optimizer.rnd, batch)
+    loss, post, reached, metrics = agent.loss(dict(batch, novelty=novelty))
     loss.backward()
     average_ranks([p.grad for p in optimizer.joint.params])
     metrics.update(rnd_metrics)
@@ -963,14 +972,16 @@ def train_step(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: 
     with torch.no_grad():
         behaviour = agent.behaviour
         for slow, fast in zip(behaviour.slow_critic.parameters(), behaviour.critic.parameters()):
-            slow.lerp_(fast, args.slow_rate)
+            slow.lerp_(fast, agent.args.slow_rate)
+    return post, dict(imagined=reached, novelty=novelty[1:]), metrics
 
-        goals = batch["goals"][1:]
-        share = 1 / goals[..., 0].numel()  # whole numbers would soon exceed float32's
-        agent.goals.count(goals, "drawn", share)
-        agent.goals.count(goals, "imagined", share * reached)
-        agent.goals.count(goals, "novelty", share * batch["novelty"][1:])
 
+def train_step(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
+    """One update: sample, then all that learns, then latents to replay -> metrics."""
+    batch, index = replay.sample(batch_size, agent.args.batch_length + 1)
+    batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
+    post, fates, metrics = captured(update, agent, optimizer, agent.look_up(batch))
+    agent.goals.count_drawn(batch["goals"][1:], fates)
     # what is drawn again finds fresh latents; a run that diverges must not spoil rows of its last checkpoint
     replay.write(index[1:], **{k: v.nan_to_num() for k, v in post.items()})
     return metrics
@@ -2375,6 +2386,91 @@ def make_run(args: Args, device: torch.device) -> Path:
 # ==== end shared ====
 
 
+# ==== shared: captured update ====
+class CapturedUpdate:
+    """An update(agent, optimizer, batch) as one CUDA graph: run three times, then recorded, then replayed.
+    Thousands of small kernels take the host longer to launch than the GPU to run; a graph is one launch.
+    A replay runs the same kernels on the same memory, with new random numbers. So an update has fixed
+    shapes, reads nothing on the host, counts nothing in Python, and changes weights and states in place.
+    Trap: its results are overwritten by the next replay."""
+
+    def __init__(self, update, agent: nn.Module, optimizer, batch: dict):
+        self.agent = agent
+        self.batch = {name: value.clone() for name, value in batch.items()}  # where every replay reads
+        self.run = partial(update, agent, optimizer, self.batch)
+        self.stream = torch.cuda.Stream()
+        self.calls = 0
+        self.graph = None
+
+    def __call__(self, batch: dict):
+        for name, value in batch.items():
+            self.batch[name].copy_(value)
+        self.calls += 1
+        if self.calls <= 3:  # libraries choose their kernels, optimisers make their states
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.calls == 4:
+            self.record()
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.results
+
+    def record(self) -> None:
+        """Nothing is computed here. Where it fails, updates go on one kernel after another."""
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
+                self.results = self.run()
+            self.graph = graph
+        except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a broken recording is an error of its own
+            reason, _, _ = str(cause).partition("\n")
+            say(f"updates run without a CUDA graph: {reason}")
+            generator.graphsafe_set_state(before)  # trap: the other state waits for the recording's end
+            self.agent.zero_grad()
+
+
+def can_capture(agent: nn.Module) -> bool:
+    """Graphs are CUDA's. Several processes average their gradients, which is not recorded."""
+    return agent.device.type == "cuda" and agent.args.compile != "off" and not dist.is_initialized()
+
+
+def captured(update, agent: nn.Module, optimizer, batch: dict):
+    """update(agent, optimizer, batch), as a CUDA graph where that is possible, one for each set of shapes."""
+    if not can_capture(agent):
+        return update(agent, optimizer, batch)
+    key = (update, *(value.shape for value in batch.values()))
+    if key not in agent.graphs:
+        agent.graphs[key] = CapturedUpdate(update, agent, optimizer, batch)
+    return agent.graphs[key](batch)
+
+
+def compiled(function, dynamic: bool | None = False):
+    """torch.compile of a function. Where that fails: one line, and the function as it is."""
+    chosen = torch.compile(function, dynamic=dynamic)
+
+    def call(*args):
+        nonlocal chosen
+        try:
+            return chosen(*args)
+        except RuntimeError as error:
+            if chosen is function:
+                raise
+            reason, _, _ = str(error).partition("\n")
+            say(f"{function.__qualname__} is not compiled: {reason}")
+            chosen = function
+            return function(*args)
+
+    return call
+# ==== end shared ====
+
+
 # ==== shared: command line ====
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags, over those of the run that is resumed, or over the preset."""
@@ -2510,9 +2606,9 @@ def main(args: Args) -> None:
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args).to(device)
     torch.manual_seed(seed)  # other samples on every rank
     optimizer = Optimizers(agent, args)
-    if args.compile == "on" or args.compile == "auto" and device.type == "cuda":
-        agent.world.rssm.core = torch.compile(agent.world.rssm.core, dynamic=False)
-        agent.world.decoder.compile(dynamic=False)
+    if args.compile == "on":
+        agent.world.rssm.core = compiled(agent.world.rssm.core)
+        agent.world.decoder.forward = compiled(agent.world.decoder.forward)
 
     # ---- run directory and replay, as they were where a run is resumed ----
     length = args.batch_length + 1  # one row lends its latents and action

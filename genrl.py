@@ -1267,8 +1267,9 @@ def shows_image(env_id: str) -> bool:
 # ==== shared: dm_control ====
 def register_dm_control() -> None:
     """shimmy registers the dm_control/ ids when it is imported. Trap: MUJOCO_GL counts only before that, and
-    without a display only egl (or osmesa) can draw."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    without a display only egl (or osmesa) can draw, which other systems do not have."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         import shimmy  # noqa: F401
         import dm_control.suite  # noqa: F401
@@ -2072,12 +2073,13 @@ def can_capture(agent: nn.Module) -> bool:
 
 
 def captured(update, agent: nn.Module, optimizer, batch: dict):
-    """update(agent, optimizer, batch), as a CUDA graph where that is possible."""
+    """update(agent, optimizer, batch), as a CUDA graph where that is possible, one for each set of shapes."""
     if not can_capture(agent):
         return update(agent, optimizer, batch)
-    if update not in agent.graphs:
-        agent.graphs[update] = CapturedUpdate(update, agent, optimizer, batch)
-    return agent.graphs[update](batch)
+    key = (update, *(value.shape for value in batch.values()))
+    if key not in agent.graphs:
+        agent.graphs[key] = CapturedUpdate(update, agent, optimizer, batch)
+    return agent.graphs[key](batch)
 
 
 def compiled(function, dynamic: bool | None = False):

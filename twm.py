@@ -1771,12 +1771,13 @@ def can_capture(agent: nn.Module) -> bool:
 
 
 def captured(update, agent: nn.Module, optimizer, batch: dict):
-    """update(agent, optimizer, batch), as a CUDA graph where that is possible."""
+    """update(agent, optimizer, batch), as a CUDA graph where that is possible, one for each set of shapes."""
     if not can_capture(agent):
         return update(agent, optimizer, batch)
-    if update not in agent.graphs:
-        agent.graphs[update] = CapturedUpdate(update, agent, optimizer, batch)
-    return agent.graphs[update](batch)
+    key = (update, *(value.shape for value in batch.values()))
+    if key not in agent.graphs:
+        agent.graphs[key] = CapturedUpdate(update, agent, optimizer, batch)
+    return agent.graphs[key](batch)
 
 
 def compiled(function, dynamic: bool | None = False):

@@ -433,11 +433,11 @@ def test_novelty_of_two_ranks_is_that_of_the_joint_batch(norm):
         torch.manual_seed(0)
         rnd = m.RND(E, m.Args(novelty_norm=norm, batch_length=T, num_goals=G))
         adam = torch.optim.SGD(rnd.predictor.parameters(), 0.1)  # as Adam would hide the gradient's scale
-        share = dict(goals=goals[:, columns])
+        share = dict(goals=goals[:, columns], goal_bank=book.embeds)
 
         def work():
             for _ in range(2):
-                novelty, _ = m.train_novelty(SimpleNamespace(rnd=rnd, goals=book), adam, share)
+                novelty, _ = m.learn_novelty(SimpleNamespace(rnd=rnd), adam, share)
             return [novelty, rnd.predictor[0].weight, rnd.mean, rnd.var, rnd.count]
 
         return work
@@ -665,7 +665,7 @@ def test_rows_in_training(tmp_path):
     batch = agent.look_up(batch)
     with torch.no_grad():
         error = agent.rnd.error(batch["goal_embed"])
-    batch["novelty"], _ = m.train_novelty(agent, torch.optim.Adam(agent.rnd.predictor.parameters()), batch)
+    batch["novelty"], _ = m.learn_novelty(agent, torch.optim.Adam(agent.rnd.predictor.parameters()), batch)
     agent.loss(batch)
     rows, context = got["rows"], got["context"]
     step, code, _ = rows["vector"].unbind(-1)
@@ -781,13 +781,13 @@ def pay_where_there_is_no_goal(patch, m):
 
 
 def measure_novelty_after_the_step(patch, m):
-    train_novelty = m.train_novelty
+    learn_novelty = m.learn_novelty
 
     def late(agent, optimizer, batch):
-        _, metrics = train_novelty(agent, optimizer, batch)
+        _, metrics = learn_novelty(agent, optimizer, batch)
         return agent.rnd.novelty(agent.rnd.error(batch["goal_embed"]).detach(), batch["goals"] >= 0), metrics
 
-    patch.setattr(m, "train_novelty", late)
+    patch.setattr(m, "learn_novelty", late)
 
 
 def normalise_by_the_statistics_before(patch, m):

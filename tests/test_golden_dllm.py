@@ -148,15 +148,15 @@ def make_rnd(norm):
 
 
 def train(norm):
-    """What `train_novelty` gives in each of the updates; an empty place is trained on, as officially."""
+    """What `learn_novelty` gives in each of the updates; an empty place is trained on, as officially."""
     rnd = make_rnd(norm)
     adam = torch.optim.Adam(rnd.predictor.parameters(), m.Args().rnd_lr)
     goals = swap(given("rnd_goals"))
-    book = SimpleNamespace(embeds=goals.flatten(0, 2))
-    batch = dict(goals=torch.arange(len(book.embeds)).view(goals.shape[:-1]))
+    bank = goals.flatten(0, 2)
+    batch = dict(goals=torch.arange(len(bank)).view(goals.shape[:-1]), goal_bank=bank)
     for update in range(4):
         error = rnd.error(goals)
-        novelty, metrics = m.train_novelty(SimpleNamespace(rnd=rnd, goals=book), adam, batch)
+        novelty, metrics = m.learn_novelty(SimpleNamespace(rnd=rnd), adam, batch)
         yield update, rnd, error, novelty, metrics["losses/rnd"]
 
 

@@ -21,6 +21,7 @@ MORE = {
     "dreamer_v1": dict(train_every=2, total_timesteps=50),
     "dreamer_v2": dict(train_every=2, total_timesteps=50),
     "dreamer_v3": dict(train_ratio=24.0, total_timesteps=30, warmup=10),  # the learning rate rises, then stays
+    "dllm": dict(train_ratio=24.0, total_timesteps=30, warmup=10),
     "genrl": dict(train_every=2, total_timesteps=60, pretrain_updates=20, policy_updates=20),
     "iris": dict(total_timesteps=30, epoch_updates=2),
     "twm": dict(train_every=2.0, total_timesteps=50),
