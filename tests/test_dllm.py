@@ -785,7 +785,8 @@ def measure_novelty_after_the_step(patch, m):
 
     def late(agent, optimizer, batch):
         _, metrics = learn_novelty(agent, optimizer, batch)
-        return agent.rnd.novelty(agent.rnd.error(batch["goal_embed"]).detach(), batch["goals"] >= 0), metrics
+        error = agent.rnd.error(batch["goal_bank"])[batch["goals"].long().clamp(min=0)]
+        return agent.rnd.novelty(error.detach(), batch["goals"] >= 0), metrics
 
     patch.setattr(m, "learn_novelty", late)
 
