@@ -1469,12 +1469,13 @@ def run_name(args: Args) -> str:
 
 
 def check_positive(args: Args, names: str) -> None:
-    """Counts and sizes that must not be zero or negative."""
+    """Counts and sizes that must not be zero or negative; some may be zero."""
     for name in names.split():
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if args.seed < 0:
-        fail(f"--seed must not be negative, got {args.seed}")
+    for name in ("seed", "eval_episodes"):
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
 # ==== end shared ====
 
 

@@ -2127,12 +2127,13 @@ def run_name(args: Args) -> str:
 
 
 def check_positive(args: Args, names: str) -> None:
-    """Counts and sizes that must not be zero or negative."""
+    """Counts and sizes that must not be zero or negative; some may be zero."""
     for name in names.split():
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if args.seed < 0:
-        fail(f"--seed must not be negative, got {args.seed}")
+    for name in ("seed", "eval_episodes"):
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
 # ==== end shared ====
 
 
@@ -2362,7 +2363,7 @@ class Session:
 
     def score(self) -> None:
         """Evaluate the policy."""
-        if self.args.eval_episodes > 0:
+        if self.args.eval_episodes:
             with self.fork_rng():
                 results = evaluate_prompt(self.agent, self.args, self.stop)
             log_evaluation(self.writer, results, self.clock)

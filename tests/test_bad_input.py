@@ -91,6 +91,7 @@ FLAGS = {
     "no batch": dict(batch_size=0),
     "no training": dict(train_ratio=0.0),
     "negative seed": dict(seed=-1),
+    "fewer than no episodes": dict(eval_episodes=-1),
     "never saved": dict(save_every=0),
     "no warm-up": dict(warmup=0),
     "missing run": dict(resume="no/such/run"),
