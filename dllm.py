@@ -1589,7 +1589,8 @@ class SentenceBERT:
         """`name`: of the model, wherever it lies; a resume must have the same."""
         from sentence_transformers import SentenceTransformer
 
-        self.model = SentenceTransformer(path, device="cpu")
+        with torch.random.fork_rng([]):  # its layers are drawn at random before they are loaded
+            self.model = SentenceTransformer(path, device="cpu")
         self.name = name
         self.dim = len(self("a"))
 
