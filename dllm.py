@@ -33,7 +33,8 @@ and the intrinsic reward; beta_dyn 0.5 (paper); no critic loss on replay, whose 
 Differences from the official code, which is DreamerV3 of 2023: today's DreamerV3; captions by rules instead
 of a modified Crafter; the intrinsic reward as in the paper (first hit, sum over goals, paid at the step of
 the hit) instead of the dream's maximum, one step late; novelty normalised over the batch (running statistics
-leave nothing to reward after three updates); u_0 is "do nothing" instead of zeros, whose cosine is undefined.
+leave nothing to reward after three updates), within [0, 10], with 1e-8 added to the deviation; RND leaves out
+places without a goal; u_0 is "do nothing" instead of zeros, whose cosine is undefined.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -2733,6 +2734,7 @@ def main(args: Args) -> None:
         print(f"saved at step {step} in {run}")
         writer.close()
     if ranks > 1:
+        dist.barrier()  # nobody leaves while rank 0 is still evaluating
         dist.destroy_process_group()
 
 

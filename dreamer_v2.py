@@ -1617,6 +1617,7 @@ def main(args: Args) -> None:
         print(f"saved at step {step} in {run}")
         writer.close()
     if ranks > 1:
+        dist.barrier()  # nobody leaves while rank 0 is still evaluating
         dist.destroy_process_group()
 
 

@@ -2523,6 +2523,7 @@ def main(args: Args) -> None:
         print(f"saved at step {session.step} with updates {session.done} in {run}")
         session.writer.close()
     if ranks > 1:
+        dist.barrier()  # nobody leaves while rank 0 is still evaluating
         dist.destroy_process_group()
 
 

@@ -2083,6 +2083,7 @@ def main(args: Args) -> None:
         writer.close()
         pretrain_writer.close()
     if ranks > 1:
+        dist.barrier()  # nobody leaves while rank 0 is still evaluating
         dist.destroy_process_group()
 
 
