@@ -94,7 +94,7 @@ SIZES = dict(size1m=64, size12m=256, size25m=384, size50m=512, size100m=768, siz
 class Args:
     # run
     exp_name: str = "dllm"  # second part of the run directory's name
-    env_id: str = "ALE/Pong-v5"  # any Gymnasium id, also module:Env-v0
+    env_id: str = "ALE/Pong-v5"  # crafter, any Gymnasium id, also module:Env-v0
     seed: int = 1  # of weights, environments and sampling
     preset: Literal["default", "tiny"] = "default"  # tiny: every phase in two minutes on a CPU
     total_timesteps: int = 1_000_000  # policy steps; frames = steps x action repeat (official: 110_000)
@@ -123,7 +123,7 @@ class Args:
     llm_url: str = "http://localhost:11434/v1"  # http: anything that speaks OpenAI's protocol (this: Ollama)
     llm_model: str = ""  # http: the server's name of it; hf: a name or folder
     llm_key_env: str = "OPENAI_API_KEY"  # http: the environment variable that holds the key, if there is one
-    llm_temperature: float = 0.5  # (paper)
+    llm_temperature: float = 0.5  # of the answers; 0: always the likeliest one (paper)
     llm_timeout: float = 20.0  # http: seconds to wait for an answer
     llm_cache: str = ""  # file of answers, shared by runs; empty: in the run directory
     # replay and schedule
@@ -153,9 +153,9 @@ class Args:
     novelty_norm: Literal["batch", "running", "slots"] = "batch"  # paper: running; official: slots
     novelty_floor: float = 0.0  # least novelty (official; paper: none, so known goals are punished)
     novelty_ceil: float = 10.0  # greatest novelty (ours; paper and official: none)
-    rnd_lr: float = 3e-4  # of the predictor (paper)
+    rnd_lr: float = 3e-4  # of the predictor (paper); few phrases are soon known, and pay nothing: then less
     # optimiser
-    lr: float = 4e-5  # (official)
+    lr: float = 4e-5  # learning rate (official)
     warmup: int = 1_000  # updates of linear warm-up; the first has learning rate 0 (official)
     agc: float = 0.3  # gradient norm allowed per tensor, relative to the tensor's norm (official)
 

@@ -124,7 +124,7 @@ class Args:
     beta_repval: float = 0.3  # weight of the critic's replay loss (official)
     slow_rate: float = 0.02  # step of the slow critic towards the critic, per update (official)
     # optimiser
-    lr: float = 4e-5  # (official)
+    lr: float = 4e-5  # learning rate (official)
     warmup: int = 1_000  # updates of linear warm-up; the first has learning rate 0 (official)
     agc: float = 0.3  # gradient norm allowed per tensor, relative to the tensor's norm (official)
 
