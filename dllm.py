@@ -440,7 +440,7 @@ class Decoder(nn.Module):
 
 class PhraseBook(nn.Module):
     """Phrases as numbers: row n of `embeds` (capacity,E) is the embedding of `phrases[n]`. Replay holds the
-    numbers. Once it is open, a text file of one phrase a line keeps them; a resume reads it again.
+    numbers. `keep_in` names a text file for them, one phrase a line; a resume reads it again.
     `tally` (capacity,5) counts what becomes of goals: COLUMNS."""
 
     COLUMNS = ("proposed", "achieved", "drawn", "imagined", "novelty")
@@ -489,7 +489,7 @@ class PhraseBook(nn.Module):
         for column, amounts in fates.items():
             self.count(numbers, column, share * amounts)
 
-    def open(self, path: Path) -> None:
+    def keep_in(self, path: Path) -> None:
         """Add the phrases of a file, if it exists; keep in it what is added from now on."""
         if path.exists():
             for phrase in path.read_text().splitlines():
@@ -499,8 +499,8 @@ class PhraseBook(nn.Module):
     def count(self, numbers: torch.Tensor, column: str, amounts) -> None:
         """Add amounts to a column of the tally; a number of -1 counts nothing."""
         amounts = torch.where(numbers >= 0, amounts, 0.0).flatten().to(self.tally)
-        column = self.tally[:, self.COLUMNS.index(column)]
-        column.index_add_(0, numbers.clamp(min=0).flatten().long(), amounts)
+        totals = self.tally[:, self.COLUMNS.index(column)]
+        totals.index_add_(0, numbers.clamp(min=0).flatten().long(), amounts)
 
 
 class RND(nn.Module):
@@ -798,7 +798,7 @@ class Behaviour(nn.Module):
             "ac/return_scale": scale,
             "ac/value": value.mean(),
             "goals/int_reward": int_reward.mean(),
-            "goals/imagined": (reached.sum() / valid.sum().clamp(min=1)),
+            "goals/imagined": reached.sum() / valid.sum().clamp(min=1),
             "goals/novelty": novelty.sum() / valid.sum().clamp(min=1),
             "goals/novel_share": (novelty > 0).sum() / valid.sum().clamp(min=1),
         }
@@ -1505,7 +1505,7 @@ class CaptionedEnvs(Envs):
         self.captioners = [make_captioner(args, game) for game in games]
 
     def reset(self) -> dict[str, np.ndarray]:
-        return self.describe(super().reset(), np.zeros(self.num_envs), {})
+        return self.with_captions(super().reset(), np.zeros(self.num_envs), {})
 
     def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
         native = self.native(action)
@@ -1515,9 +1515,9 @@ class CaptionedEnvs(Envs):
         self.ret = np.where(is_first, 0, self.ret + reward)
         self.length = np.where(is_first, 0, self.length + 1)
         row = self.row(obs, reward, is_first=is_first, is_last=self.last, is_terminal=terminated)
-        return self.describe(row, native, info)
+        return self.with_captions(row, native, info)
 
-    def describe(self, row: dict, native: np.ndarray, info: dict) -> dict[str, np.ndarray]:
+    def with_captions(self, row: dict, native: np.ndarray, info: dict) -> dict[str, np.ndarray]:
         """The row with its captions."""
         row["caption"] = []
         for i, captioner in enumerate(self.captioners):
@@ -1639,6 +1639,7 @@ def load_embedder(name: str):
         fail(f"--embedder {name} cannot be loaded: {str(error).strip().splitlines()[0]}")
 
 
+# ==== shared: models of the hub ====
 def missing_model(name: str) -> str:
     """Why a model of the Hugging Face hub cannot be had, or nothing. Asked before its library is, which would
     wait for the network for a minute."""
@@ -1657,6 +1658,7 @@ def missing_model(name: str) -> str:
         return f"there is no such folder, nothing in {cached}, and no network"
     os.environ["HF_HUB_OFFLINE"] = "1"  # use the cache
     return ""
+# ==== end shared ====
 
 
 # -- goals: callables captioner -> up to K phrases --
@@ -2625,8 +2627,8 @@ def main(args: Args) -> None:
     if not saved:
         check_disk(run, specs, min(args.buffer_size, args.total_timesteps))
     replay = Replay(specs, capacity, num_envs, run / f"replay{rank}", device, new=not saved)
-    agent.captions.open(run / f"replay{rank}" / "captions.txt")
-    agent.goals.open(run / f"replay{rank}" / "goals.txt")
+    agent.captions.keep_in(run / f"replay{rank}" / "captions.txt")
+    agent.goals.keep_in(run / f"replay{rank}" / "goals.txt")
     if saved:
         embedder = agent.captions.embedder.name
         if saved["embedder"] != embedder:

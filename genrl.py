@@ -1567,12 +1567,9 @@ class SentenceVLM:
     """Image-text model of sentence-transformers, such as CLIP: frame by frame."""
 
     def __init__(self, name: str, device: torch.device):
-        if not Path(name).exists() and not reachable("https://huggingface.co"):
-            home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-            cached = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-            if not list(cached.glob(f"models--*{name.replace('/', '--')}")):
-                fail(f"--vlm {name}: there is no such folder, nothing in {cached}, and no network")
-            os.environ["HF_HUB_OFFLINE"] = "1"  # use the cache, do not wait for the network
+        missing = missing_model(name)
+        if missing:
+            fail(f"--vlm {name}: {missing}")
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
@@ -1612,15 +1609,26 @@ class RandomVLM:
         return (x @ self.weight.to(x)).numpy()
 
 
-def reachable(address: str) -> bool:
-    """Whether a server answers within three seconds."""
+# ==== shared: models of the hub ====
+def missing_model(name: str) -> str:
+    """Why a model of the Hugging Face hub cannot be had, or nothing. Asked before its library is, which would
+    wait for the network for a minute."""
+    if Path(name).exists():
+        return ""
     try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", address), timeout=3).close()
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=3).close()
+        return ""
     except urllib.error.HTTPError:
-        return True  # it answered
+        return ""  # it answered
     except (OSError, ValueError):
-        return False
-    return True
+        pass
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cached = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    if not list(cached.glob(f"models--*{name.replace('/', '--')}")):
+        return f"there is no such folder, nothing in {cached}, and no network"
+    os.environ["HF_HUB_OFFLINE"] = "1"  # use the cache
+    return ""
+# ==== end shared ====
 
 
 def load_vlm(name: str, device: torch.device):

@@ -471,15 +471,15 @@ def test_a_phrase_has_one_number():
 def test_numbers_survive_the_file(tmp_path):
     path = tmp_path / "phrases.txt"
     book = make_book()
-    book.open(path)
+    book.keep_in(path)
     for phrase in ("eat cow", "collect wood", "eat cow", "sleep"):
         book.number(phrase)
     again = make_book()
-    again.open(path)
+    again.keep_in(path)
     assert again.phrases == book.phrases and torch.equal(again.embeds, book.embeds)
     assert again.number("sleep") == 2 and again.number("wake up") == 3
     third = make_book()
-    third.open(path)
+    third.keep_in(path)
     assert third.phrases == ["eat cow", "collect wood", "sleep", "wake up"] and third.known == 4
 
 

@@ -127,6 +127,22 @@ def test_continuous_actions_can_be_recorded(name, simulate, tmp_path, capfd):
 
 
 @each_script
+def test_each_set_of_shapes_has_a_graph(name, simulate):
+    simulation = simulate(name)
+    script = load(name)
+    agent = SimpleNamespace(graphs={}, args=SimpleNamespace(compile="auto"), zero_grad=lambda: None)
+
+    def update(agent, optimizer, batch):
+        return batch["x"] * 2
+
+    for step in range(6):
+        for size in (2, 5):
+            x = torch.arange(size) + step
+            assert torch.equal(script.captured(update, agent, None, dict(x=x)), 2 * x)
+    assert [graph.replays for graph in simulation.graphs] == [3, 3]
+
+
+@each_script
 def test_graphs_are_for_one_process_on_cuda(name, monkeypatch):
     script = load(name)
     agents = {
