@@ -97,9 +97,9 @@ class Args:
     env_id: str = "ALE/Pong-v5"  # crafter, any Gymnasium id, also module:Env-v0
     seed: int = 1  # of weights, environments and sampling
     preset: Literal["default", "tiny"] = "default"  # tiny: every phase in two minutes on a CPU
-    total_timesteps: int = 1_000_000  # policy steps; frames = steps x action repeat (official: 110_000)
+    total_timesteps: int = 1_000_000  # policy steps; frames = steps x action repeat (Crafter: 1M and 5M)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA (official)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA (DreamerV3; DLLM: float16)
     compile: Literal["auto", "on", "off"] = "auto"  # auto: CUDA graphs of updates; on: torch.compile too
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
@@ -109,7 +109,7 @@ class Args:
     video_every: int = 50_000  # policy steps between dream GIFs; 0: only at the end
     log_every: int = 1_000  # policy steps between metric logs
     # environment
-    num_envs: int = 1  # parallel environments (official: 1 for Atari 100k, 16 elsewhere)
+    num_envs: int = 1  # parallel environments (official: 1)
     image_size: int = 64  # side of the image, a multiple of 16
     action_repeat: int = 0  # environment steps per policy step; 0: 4 on Atari, else 1 (official)
     sticky_actions: float = 0.0  # Atari: probability that a frame repeats the last action (200M: 0.25)
@@ -127,12 +127,12 @@ class Args:
     llm_timeout: float = 20.0  # http: seconds to wait for an answer
     llm_cache: str = ""  # file of answers, shared by runs; empty: in the run directory
     # replay and schedule
-    buffer_size: int = 5_000_000  # replay rows (official); an episode takes one more than it has steps
+    buffer_size: int = 5_000_000  # replay rows (DreamerV3; DLLM: 1e6); an episode takes one more than steps
     batch_size: int = 16  # sequences per update, B (official)
     batch_length: int = 64  # steps per sequence, T (official)
     train_ratio: float = 256.0  # replayed steps per policy step (DreamerV3's; DLLM on Crafter: 512)
     # world model
-    size: Literal[("auto", *SIZES)] = "auto"  # auto: size12m on a GPU, size1m on a CPU (official: size200m)
+    size: Literal[("auto", *SIZES)] = "auto"  # auto: size12m on a GPU, size1m on a CPU (official: XL)
     free_nats: float = 1.0  # KL below which nothing is trained, nats per step (official)
     beta_dyn: float = 0.5  # weight of the prior's KL (paper and official)
     beta_rep: float = 0.1  # weight of the posterior's KL (official)
@@ -155,9 +155,9 @@ class Args:
     novelty_ceil: float = 10.0  # greatest novelty (ours; paper and official: none)
     rnd_lr: float = 3e-4  # of the predictor (paper); few phrases are soon known, and pay nothing: then less
     # optimiser
-    lr: float = 4e-5  # learning rate (official)
-    warmup: int = 1_000  # updates of linear warm-up; the first has learning rate 0 (official)
-    agc: float = 0.3  # gradient norm allowed per tensor, relative to the tensor's norm (official)
+    lr: float = 4e-5  # learning rate (DreamerV3; DLLM: Adams of 1e-4 and 3e-5)
+    warmup: int = 1_000  # updates of linear warm-up; the first has learning rate 0 (DreamerV3)
+    agc: float = 0.3  # gradient norm allowed per tensor, relative to the tensor's norm (DreamerV3)
 
 
 PRESETS = {
