@@ -23,18 +23,20 @@ Which obs, words, action and reward share an index. A replay row t holds
     obs_t  caption_t  reward_t  is_first_t  is_last_t  is_terminal_t | goals_t  action_t | h_t, z_t
     arrived together, caused by action_{t-1}                         | chosen here       | posterior
 
-Words are stored as numbers: rows of two books of phrases and their embeddings (PhraseBook).
+Row 0 of a training sequence only lends h, z and action to row 1. Words are stored as numbers (PhraseBook).
 
-Names: caption_embed u, goal_embed g, novelty i, int_reward r^int, intrinsic_scale alpha, match_threshold M;
-deter h, stoch z, feat s = [h, z], cont c, ret R. Axes also: S groups of K classes, D width of h, E embedding.
+Names: caption_embed u, goal_embed g, novelty i, int_reward r^int / alpha, intrinsic_scale alpha; deter h,
+stoch z, feat s = [h, z], cont c, ret R. Axes also: S groups of K classes, D width of h, E embedding.
 
 What changes from dreamer_v3.py: captions enter the encoder and are predicted by a head; goals, their novelty
 and the intrinsic reward; beta_dyn 0.5 (paper); no critic loss on replay, whose rows have no intrinsic reward.
 Differences from the official code, which is DreamerV3 of 2023: today's DreamerV3; captions by rules instead
 of a modified Crafter; the intrinsic reward as in the paper (first hit, sum over goals, paid at the step of
 the hit) instead of the dream's maximum, one step late; novelty normalised over the batch (running statistics
-leave nothing to reward after three updates), within [0, 10], with 1e-8 added to the deviation; RND leaves out
-places without a goal; u_0 is "do nothing" instead of zeros, whose cosine is undefined.
+leave nothing to reward after three updates), within [0, 10], 1e-8 added to the deviation; RND leaves out
+places without a goal, not the row that lends its latents; no words are "do nothing", not zeros; language MLPs
+scale with --size; goals end with their episode; another prompt, whose answers are kept. In a dream s_0 earns
+nothing and s_H earns: so --goal-hit peak --goal-reduce max is not quite theirs.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -116,15 +118,15 @@ class Args:
     pixels: bool = False  # learn from the rendered image instead of the environment's own observation
     # words and goals
     captioner: str = "auto"  # crafter, grid (BabyAI, MiniGrid), game (any), FILE.py:CLASS; auto: by env-id
-    embedder: str = "auto"  # SentenceBERT, a name or folder (auto and paper: all-MiniLM-L6-v2); hashing: none
-    goal_source: Literal["offline", "http", "hf"] = "offline"  # rules, a server, a model of transformers
-    num_goals: int = 5  # K (paper; HomeGrid: 2)
+    embedder: str = "auto"  # SentenceBERT, a name or folder (auto: all-MiniLM-L6-v2); hashing: no meaning
+    goal_source: Literal["offline", "http", "hf"] = "offline"  # rules; a server; a local model
+    num_goals: int = 5  # goals per question, K (paper; HomeGrid: 2)
     goal_every: int = 10  # policy steps between two questions in an episode (paper; Minecraft: 20)
     llm_url: str = "http://localhost:11434/v1"  # http: anything that speaks OpenAI's protocol (this: Ollama)
     llm_model: str = ""  # http: the server's name of it; hf: a name or folder
     llm_key_env: str = "OPENAI_API_KEY"  # http: the environment variable that holds the key, if there is one
-    llm_temperature: float = 0.5  # of the answers; 0: always the likeliest one (paper)
-    llm_timeout: float = 20.0  # http: seconds to wait for an answer
+    llm_temperature: float = 0.5  # of the answers (paper); 0: always the likeliest one
+    llm_timeout: float = 20.0  # http: seconds to wait for an answer, up to five times
     llm_cache: str = ""  # file of answers, shared by runs; empty: in the run directory
     # replay and schedule
     buffer_size: int = 5_000_000  # replay rows (DreamerV3; DLLM: 1e6); an episode takes one more than steps
@@ -132,12 +134,12 @@ class Args:
     batch_length: int = 64  # steps per sequence, T (official)
     train_ratio: float = 256.0  # replayed steps per policy step (DreamerV3's; DLLM on Crafter: 512)
     # world model
-    size: Literal[("auto", *SIZES)] = "auto"  # auto: size12m on a GPU, size1m on a CPU (official: XL)
+    size: Literal[("auto", *SIZES)] = "auto"  # auto: size12m on CUDA, else size1m (official: XL)
     free_nats: float = 1.0  # KL below which nothing is trained, nats per step (official)
     beta_dyn: float = 0.5  # weight of the prior's KL (paper and official)
     beta_rep: float = 0.1  # weight of the posterior's KL (official)
     unimix: float = 0.01  # uniform share of the latent distributions (official)
-    language_loss: Literal["symlog_mse", "catxent"] = "symlog_mse"  # official; catxent: as in the paper
+    language_loss: Literal["symlog_mse", "catxent"] = "symlog_mse"  # symlog_mse: official; catxent: paper
     # behaviour
     imag_horizon: int = 15  # imagined steps, H (official)
     gamma: float = 1 - 1 / 333  # discount (official)
@@ -146,14 +148,14 @@ class Args:
     actor_unimix: float = 0.01  # uniform share of the discrete policy (paper; today's official code: 0)
     slow_rate: float = 0.02  # step of the slow critic towards the critic, per update (official)
     # intrinsic reward
-    intrinsic_scale: float = 1.0  # alpha (paper)
-    match_threshold: float = 0.0  # M; 0: the captioner's own: crafter 0.5 (paper), grid 0.95, game 0.7
-    goal_hit: Literal["first", "peak", "repeat"] = "first"  # step that is paid (paper: first, official: peak)
-    goal_reduce: Literal["sum", "max"] = "sum"  # over goals (paper: sum, official: max)
+    intrinsic_scale: float = 1.0  # weight of the intrinsic reward, alpha (paper)
+    match_threshold: float = 0.0  # cosine above which a goal is reached, M; 0: the captioner's (paper: 0.5)
+    goal_hit: Literal["first", "peak", "repeat"] = "first"  # paid steps (paper: first; official: peak)
+    goal_reduce: Literal["sum", "max"] = "sum"  # of the rewards of the goals (paper: sum, official: max)
     novelty_norm: Literal["batch", "running", "slots"] = "batch"  # paper: running; official: slots
     novelty_floor: float = 0.0  # least novelty (official; paper: none, so known goals are punished)
     novelty_ceil: float = 10.0  # greatest novelty (ours; paper and official: none)
-    rnd_lr: float = 3e-4  # of the predictor (paper); few phrases are soon known, and pay nothing: then less
+    rnd_lr: float = 3e-4  # of the RND predictor (paper); less if few phrases are soon all known
     # optimiser
     lr: float = 4e-5  # learning rate (DreamerV3; DLLM: Adams of 1e-4 and 3e-5)
     warmup: int = 1_000  # updates of linear warm-up; the first has learning rate 0 (DreamerV3)
@@ -185,7 +187,7 @@ def symexp(x: torch.Tensor) -> torch.Tensor:
 
 
 def symlog_mse(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Squared error (...) of pred (...,E), in symlog space, summed over E; the first 1e-8 of each are free.
+    """Squared error (...) of pred (...,E), in symlog space, summed over E; those below 1e-8 count as 0.
     Source: `jaxutils.SymlogDist`."""
     error = (float32(pred) - symlog(target)).square()
     return torch.where(error < 1e-8, 0, error).sum(-1)
@@ -225,7 +227,7 @@ def unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:
 
 
 def log_unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:
-    """Their logarithms. Without a uniform share a probability can be 0, so log_softmax."""
+    """Log-probabilities (...,K) of the same. Without a uniform share one can be log 0, so log_softmax."""
     return unimix(logits, mix).log() if mix else float32(logits).log_softmax(-1)
 
 
@@ -267,7 +269,7 @@ def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, mix: float,
 
 def lambda_return(reward, value, live, lam) -> torch.Tensor:
     """R_k = r_{k+1} + live_{k+1} ((1-lam_{k+1}) v_{k+1} + lam_{k+1} R_{k+1}), R_H = v_H.
-    Eq. 7 (arXiv:2301.04104v2). Inputs (H+1,...), result (H,...). `live` contains the discount."""
+    Critic learning (arXiv:2301.04104v2). Inputs (H+1,...), result (H,...). `live` contains the discount."""
     ret = value[-1]
     rets = []
     for t in reversed(range(1, len(value))):
@@ -305,7 +307,7 @@ def intrinsic_reward(score, novelty, valid, threshold, hit="first", reduce="sum"
 def init(layer: nn.Module, scale: float = 1.0, fan_in: int | None = None) -> nn.Module:
     """Bias 0, weight normal truncated at 2 sigma with std scale/sqrt(fan_in)."""
     sigma = 1.1368 / math.sqrt(fan_in or layer.weight[0].numel())
-    nn.init.trunc_normal_(layer.weight, 0.0, sigma, -2 * sigma, 2 * sigma)  # trap: bounds are no multiples
+    nn.init.trunc_normal_(layer.weight, 0.0, sigma, -2 * sigma, 2 * sigma)  # trap: bounds are values
     layer.weight.data *= scale
     nn.init.zeros_(layer.bias)
     return layer
@@ -335,7 +337,7 @@ class NormSiLU(nn.RMSNorm):
 
 
 class Float32Linear(nn.Linear):
-    """Runs in float32 under autocast. Trap: in bf16 values near 200 have three different numbers."""
+    """Runs in float32 under autocast. Trap: bf16 numbers near 200 are 1 apart, too coarse for advantages."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -364,7 +366,8 @@ def conv5(inputs: int, outputs: int) -> nn.Conv2d:
 
 def upsample_convolve(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
     """Nearest upsampling x2, then 5x5 convolution: `conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))`.
-    At low resolution, in 60 % of the time: each of the four output phases sees 3x3 of a summed 6x6 kernel."""
+    Computed at the low resolution in 60 % of the time: each of the four output phases sees 3x3 of a summed
+    6x6 kernel."""
     kernel = 4 * F.avg_pool2d(conv.weight, 2, stride=1, padding=1)  # (out,in,6,6)
     phases = [kernel[:, :, y::2, x::2] for y in (1, 0) for x in (1, 0)]
     weight = torch.stack(phases, 1).flatten(0, 1)  # (4*out,in,3,3)
@@ -443,7 +446,7 @@ class PhraseBook(nn.Module):
     numbers. `keep_in` names a text file for them, one phrase a line; a resume reads it again.
     `tally` (capacity,5) counts what becomes of goals: COLUMNS."""
 
-    COLUMNS = ("proposed", "achieved", "drawn", "imagined", "novelty")
+    COLUMNS = ("proposed", "achieved", "drawn", "reached", "novelty")
 
     def __init__(self, embedder, fixed: bool = False, capacity: int = 512):
         """`fixed`: the capacity cannot grow."""
@@ -458,7 +461,7 @@ class PhraseBook(nn.Module):
         self.register_buffer("tally", torch.zeros(capacity, len(self.COLUMNS)), persistent=False)
 
     def number(self, text: str) -> int:
-        """Of a phrase, which is added if it is new; -1 of no phrase."""
+        """Number of a phrase, which is added if it is new; -1 of an empty one."""
         phrase = normalize(text)
         if not phrase:
             return -1
@@ -482,8 +485,7 @@ class PhraseBook(nn.Module):
                 print(phrase, file=file)
 
     def count_drawn(self, numbers: torch.Tensor, fates: dict) -> None:
-        """Goals (T,B,K) of a batch, and amounts by column. In shares of a row: whole numbers would soon be
-        beyond float32."""
+        """Goals (T,B,K) of a batch, and amounts by column, in units of a batch: 1/(T*B) a row."""
         share = 1 / numbers[..., 0].numel()
         self.count(numbers, "drawn", share)
         for column, amounts in fates.items():
@@ -500,13 +502,14 @@ class PhraseBook(nn.Module):
         """Add amounts to a column of the tally; a number of -1 counts nothing."""
         amounts = torch.where(numbers >= 0, amounts, 0.0).flatten().to(self.tally)
         totals = self.tally[:, self.COLUMNS.index(column)]
-        totals.index_add_(0, numbers.clamp(min=0).flatten().long(), amounts)
+        # trap: one by one, small amounts would be lost in a large float32 total
+        totals += torch.zeros_like(totals).index_add_(0, numbers.clamp(min=0).flatten().long(), amounts)
 
 
 class RND(nn.Module):
-    """Random network distillation: the error e of a trained copy of a fixed random network. What has often
-    been trained on is known. The novelty of a goal is its error, normalised. Eq. 3, 4 (arXiv:2406.07381).
-    Source: `RNDModel`, whose output has 512 dimensions (paper: one)."""
+    """Random network distillation: the error e of a network that is trained to copy a fixed random one. What
+    has often been trained on is known. The novelty of a goal is its error, normalised. Eq. 3, 4
+    (arXiv:2406.07381). Source: `RNDModel`, whose output has 512 dimensions (paper: one)."""
 
     def __init__(self, embed_dim: int, args: Args):
         super().__init__()
@@ -645,7 +648,7 @@ class WorldModel(nn.Module):
 
     def predict_cont(self, feat: torch.Tensor) -> torch.Tensor:
         """gamma * p(the episode goes on): the discount is in the head's target."""
-        return float32(self.cont(feat)[..., 0]).sigmoid()
+        return self.cont(feat)[..., 0].sigmoid()
 
     def caption_logits(self, feat: torch.Tensor) -> torch.Tensor:
         """--language-loss catxent: log-probabilities of the rows of the book that have a caption."""
@@ -682,7 +685,7 @@ class WorldModel(nn.Module):
         losses["reward"] = twohot_loss(self.reward(feat), rows["reward"], self.bins)
         # the discount is part of this soft target: a dream needs no other
         cont = ~rows["is_terminal"] * self.args.gamma
-        cont_logit = float32(self.cont(feat)[..., 0])
+        cont_logit = self.cont(feat)[..., 0]
         losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont.to(cont_logit), reduction="none")
         with torch.no_grad():
             metrics = {
@@ -725,7 +728,7 @@ class Behaviour(nn.Module):
         policy = self.policy(feat)
         if self.discrete:
             return sample_onehot(policy.exp(), torch.empty_like(policy).exponential_())
-        return policy.mean + policy.stddev * torch.randn_like(policy.mean)  # trap: sample() asks the host
+        return policy.mean + policy.stddev * torch.randn_like(policy.mean)  # trap: sample() reads on the host
 
     @torch.no_grad()  # REINFORCE needs no gradient through the dream
     def imagine(self, rssm: RSSM, deter: torch.Tensor, stoch: torch.Tensor) -> tuple:
@@ -741,7 +744,8 @@ class Behaviour(nn.Module):
 
     @torch.no_grad()
     def return_scale(self, ret: torch.Tensor) -> torch.Tensor:
-        """max(1, S), S = EMA(Per95 - Per5, 0.99). Eq. 8 (arXiv:2301.04104v2). From 0, no bias correction."""
+        """max(1, S), S = EMA(Per95 - Per5, 0.99). Actor learning (arXiv:2301.04104v2). From 0, no bias
+        correction."""
         batch = gather_ranks(ret.flatten())  # percentiles over all dreams and steps at once
         low = batch.quantile(0.05)
         high = batch.quantile(0.95)
@@ -798,7 +802,7 @@ class Behaviour(nn.Module):
             "ac/return_scale": scale,
             "ac/value": value.mean(),
             "goals/int_reward": int_reward.mean(),
-            "goals/imagined": reached.sum() / valid.sum().clamp(min=1),
+            "goals/reached": reached.sum() / valid.sum().clamp(min=1),
             "goals/novelty": novelty.sum() / valid.sum().clamp(min=1),
             "goals/novel_share": (novelty > 0).sum() / valid.sum().clamp(min=1),
         }
@@ -866,8 +870,10 @@ class Optimizers:
         return {name: part.state_dict() for name, part in vars(self).items()}
 
     def load_state_dict(self, saved: dict) -> None:
-        for name, part in vars(self).items():
-            part.load_state_dict(saved[name])
+        """Moments; learning rate and `capturable` are those of the present flags and device."""
+        self.joint.load_state_dict(saved["joint"])
+        groups = self.rnd.state_dict()["param_groups"]
+        self.rnd.load_state_dict(dict(state=saved["rnd"]["state"], param_groups=groups))
 
 
 class Agent(nn.Module):
@@ -907,7 +913,7 @@ class Agent(nn.Module):
     def act(self, row: dict, state: dict) -> dict:
         """Row (N,...) and state -> new {deter, stoch, action} and the number of each caption; sampled in
         evaluation too (official)."""
-        # trap: zeros would have a cosine with anything, so no words are "do nothing"
+        # trap: a prediction near zeros has a direction all the same, and could match any goal
         words = [normalize(text) or "do nothing" for text in row["caption"]]
         caption = torch.tensor([self.captions.number(phrase) for phrase in words], device=self.device)
         names = {"image", "vector", "is_first"} & row.keys()
@@ -949,7 +955,8 @@ def learn_novelty(agent: Agent, optimizer: torch.optim.Adam, batch: dict) -> tup
     """One step of the predictor on a batch's goals -> their novelty (T,B,K), of before it, and metrics."""
     valid = batch["goals"] >= 0
     errors = agent.rnd.error(batch["goal_bank"])  # of all phrases: a batch has few of them, many times each
-    error = errors[batch["goals"].long().clamp(min=0)]
+    nothing = agent.rnd.error(torch.zeros_like(batch["goal_bank"][0])).detach()  # no goal is zeros (official)
+    error = torch.where(valid, errors[batch["goals"].long().clamp(min=0)], nothing)
     count = gather_ranks(valid.sum()[None]).to(error).mean()  # ranks may differ in it, but divide by the same
     loss = torch.where(valid, error, 0).sum() / count.clamp(min=1)
     loss.backward()
@@ -974,7 +981,7 @@ def update(agent: Agent, optimizer: Optimizers, batch: dict) -> tuple[dict, dict
         behaviour = agent.behaviour
         for slow, fast in zip(behaviour.slow_critic.parameters(), behaviour.critic.parameters()):
             slow.lerp_(fast, agent.args.slow_rate)
-    return post, dict(imagined=reached, novelty=novelty[1:]), metrics
+    return post, dict(reached=reached, novelty=novelty[1:]), metrics
 
 
 def train_step(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
@@ -1003,7 +1010,8 @@ def find_spec(env_id: str) -> gymnasium.envs.registration.EnvSpec:
             importlib.import_module(module)
         spec = gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
-        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}")  # such as: did you mean ...
+        hint = ' (pip install "shimmy[dm-control]" "mujoco<4")' if module == "shimmy" else ""
+        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}{hint}")  # such as: did you mean ...
     if str(spec.entry_point).startswith("ale_py") and not name.startswith("ALE/"):
         game = "".join(word.capitalize() for word in spec.kwargs["game"].split("_"))
         fail(f"--env-id {env_id} is another protocol (frame skip, sticky actions); use ALE/{game}-v5")
@@ -1017,7 +1025,7 @@ class Envs:
     `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
 
     def __init__(self, args, num_envs: int, seeds: np.ndarray, size: int, pixels: bool = False, **atari):
-        """`size`: side of the image. `pixels`: see the rendered one. `atari`: options of ale-py's own."""
+        """`size`: side of the image. `pixels`: see the rendered one. `atari`: other options for ale-py."""
         spec = find_spec(args.env_id)
         self.num_envs = num_envs
         self.seeds = seeds
@@ -1587,7 +1595,7 @@ class SentenceBERT:
     """A model of sentence-transformers; one phrase at a time, so that its numbers do not depend on others."""
 
     def __init__(self, path: str, name: str):
-        """`name`: of the model, wherever it lies; a resume must have the same."""
+        """`name`: the model's name without its folder; a resume must use the same."""
         from sentence_transformers import SentenceTransformer
 
         with torch.random.fork_rng([]):  # its layers are drawn at random before they are loaded
@@ -1636,7 +1644,7 @@ def load_embedder(name: str):
     except ImportError:
         fail("--embedder needs `pip install sentence-transformers`; or take --embedder hashing")
     except Exception as error:  # anything, by the library's version
-        fail(f"--embedder {name} cannot be loaded: {str(error).strip().splitlines()[0]}")
+        fail(f"--embedder {name} cannot be loaded: {' '.join(str(error).split())[:200]}")
 
 
 # ==== shared: models of the hub ====
@@ -1680,6 +1688,7 @@ class RuleGoals:
 def make_prompt(captioner: Captioner, count: int) -> str:
     """The language model's instructions. Free wording would miss captions: "chop tree" and "collect wood"
     have a cosine of 0.46, so the phrases are listed."""
+    count = min(count, len(captioner.goal_phrases)) or count
     phrases = "\n".join(captioner.goal_phrases)
     return (
         f"You advise the player of a game. {captioner.rules}\n"
@@ -1692,13 +1701,14 @@ def make_prompt(captioner: Captioner, count: int) -> str:
 def parse_goals(reply: str, count: int) -> list[str]:
     """Up to `count` phrases of 1 to 6 words from a reply that may be numbered, chatty, or thought about."""
     reply = reply.lower().rpartition("</think>")[2].partition("<think>")[0]
+    reply = re.sub(r"(?m)^\s*[a-z][^:\n]*:", "", reply)  # "sure, here are five goals:", "goal 1:"
     goals = []
     for part in re.split(r"[,;\n]", reply):
         item = re.sub(r"^[\s\d.)(*#•-]+", "", part)
         if item != part.lstrip():
             item = item.partition(":")[0]  # "1. collect wood: a table needs it"
         else:
-            item = item.rpartition(":")[2]  # "here are five goals:", "goal 1: collect wood"
+            item = item.rpartition(":")[2]  # "..., and goal 2: collect wood"
         phrase = normalize(item).removeprefix("and ")
         if 1 <= len(phrase.split()) <= 6 and phrase not in goals:
             goals.append(phrase)
@@ -1737,8 +1747,6 @@ class Server:
             pause = self.pause * 2**attempt
             try:
                 answer = self.read(request)
-                self.found = True
-                return reply_text(answer)
             except urllib.error.HTTPError as error:
                 self.found = True
                 if error.code < 500 and error.code != 429:
@@ -1751,6 +1759,11 @@ class Server:
                 if nobody and not self.found:
                     raise Refused(f"{self.url}: {error}") from None
                 failure = error
+            except ValueError:  # what cannot be sent; its text could show the key
+                raise Refused(f"{self.url}: address or key have characters that cannot be sent") from None
+            else:
+                self.found = True
+                return reply_text(answer)
             if attempt == 4 or self.stop:
                 raise OSError(f"{self.url}: {failure}")
             self.wait(pause, lambda: False)
@@ -1806,8 +1819,9 @@ class LocalModel:
         except ImportError:
             fail("--goal-source hf needs `pip install transformers`")
         except Exception as error:  # anything, by the library's version
-            fail(f"--llm-model {args.llm_model} cannot be loaded: {str(error).strip().splitlines()[0]}")
+            fail(f"--llm-model {args.llm_model} cannot be loaded: {' '.join(str(error).split())[:200]}")
         self.temperature = args.llm_temperature
+        self.calls = 0
 
     @torch.no_grad()
     def __call__(self, system: str, user: str) -> str:
@@ -1823,7 +1837,9 @@ class LocalModel:
         options = dict(max_new_tokens=64, pad_token_id=self.tokenizer.eos_token_id, do_sample=False)
         if self.temperature > 0:
             options.update(do_sample=True, temperature=self.temperature, top_p=1.0)
+        self.calls += 1
         with torch.random.fork_rng(devices):  # training's random numbers do not depend on answers
+            torch.manual_seed(self.calls)  # a second attempt is another draw
             output = self.model.generate(**inputs, **options)
         return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -1876,7 +1892,7 @@ class LanguageModel:
         return captioner.goals(self.args.num_goals)
 
     def key(self, captioner: Captioner) -> str:
-        """Of a situation: what its answer depends on, hashed."""
+        """Hash of all that an answer depends on."""
         args = self.args
         model = [args.goal_source, args.llm_url, args.llm_model, args.llm_temperature]
         question = [*model, make_prompt(captioner, args.num_goals), captioner.state()]
@@ -1900,8 +1916,11 @@ class LanguageModel:
                 key = self.key(captioner)
                 self.answers[key] = goals
                 line = json.dumps(dict(key=key, situation=situation, reply=reply, goals=goals))
-                with open(self.path, "a") as file:  # one write: another run may append to the same file
-                    file.write(line + "\n")
+                try:
+                    with open(self.path, "a") as file:  # one write: another run may append to the same file
+                        file.write(line + "\n")
+                except OSError as error:
+                    say(f"WARNING: --llm-cache: this answer is not kept on disk: {error}")
                 return goals
             self.counts["unreadable"] += 1
         raise ValueError(f"there are no goals in its answer {reply[:200]!r}")
@@ -1939,7 +1958,8 @@ def describe_threshold(captioner: Captioner, embedder, threshold: float) -> str:
         return f"threshold M {threshold:g}"
     embeds = torch.as_tensor(np.stack([embedder(phrase) for phrase in phrases]))
     alike = match(embeds[:, None], embeds[None])[:, 0] > threshold  # (K,K)
-    return f"threshold M {threshold:g}: above it are {alike.triu(1).sum()} of {pairs} pairs of goals"
+    return (f"threshold M {threshold:g}: {alike.triu(1).sum()} of {pairs} pairs of goals are more alike, "
+            "so that reaching one pays for the other")
 
 
 class Planner:
@@ -1988,12 +2008,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
     needed = rows * row_bytes(specs) / 2**30
     free = shutil.disk_usage(run).free / 2**30
     if needed > free:
-        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: use another --run-dir, "
+             "or a smaller --buffer-size or --total-timesteps")
 
 
 def rows_at_risk(args, step: int, more: int = 0) -> int:
-    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come
-    `more` steps late. An episode has one row more than it has steps."""
+    """Rows per environment that a life may still add after its checkpoint at `step` and before the next one,
+    which may come `more` steps late. An episode has one row more than steps."""
     steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
     return 2 * steps // args.num_envs + 1
 
@@ -2034,34 +2055,22 @@ class Storage:
         self.rows += 1
         self.size = min(self.size + 1, self.capacity)
 
-    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
-        """Row numbers (T,B) and streams (B,) -> fields (T,B,...), and their positions for `write`."""
+    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> dict:
+        """Row numbers (T,B) and streams (B,) -> fields (T,B,...)."""
         index = rows % self.capacity * self.num_envs + envs
-        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}, index
-
-    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
-        """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one
-        wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
-        no defined order, so all that share a position write the value of the last. With a copy on the GPU the
-        files keep what `add` wrote: it is what a resume begins with."""
-        position = index.T.flatten()
-        ordered, order = position.sort(stable=True)
-        last = order[torch.searchsorted(ordered, position, right=True) - 1]
-        for name, value in values.items():
-            field = self.data[name].flatten(0, 1)  # a view: writing to a copy would be lost
-            value = value.transpose(0, 1).flatten(0, 1)[last.to(value.device)]
-            field[position] = value.to(field)
+        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}
 
     def state_dict(self) -> dict:
-        return dict(rows=self.rows)
+        return dict(rows=self.rows, size=self.size)
 
     def load_state_dict(self, state: dict, lost: int) -> None:
         """`lost`: rows that may have been overwritten between the checkpoint and a crash: not used."""
         self.rows = state["rows"]
-        self.size = max(min(self.rows, self.capacity - lost), 0)
+        self.size = max(min(state["size"], self.capacity - lost), 0)
 # ==== end shared ====
 
 
+# ==== shared: replay of sequences ====
 class Replay(Storage):
     """Uniform sequences that may cross episode borders. Online queue: once a stream has `length` new rows,
     they are handed out once, before the uniform samples. Source: `Replay`, `selectors.Uniform`."""
@@ -2084,11 +2093,25 @@ class Replay(Storage):
                     start[b] = first
                     env[b] = stream
 
-        batch, index = self.gather(start + torch.arange(length, device=self.device)[:, None], env)
+        rows = start + torch.arange(length, device=self.device)[:, None]
+        batch = self.gather(rows, env)
         batch["is_first"][0] = True  # a sequence begins as an episode does (official)
         # an episode that a resume cut off ends (official)
         batch["is_last"][:-1] |= batch["is_first"][1:]
-        return batch, index
+        return batch, rows % self.capacity * self.num_envs + env
+
+    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
+        """Overwrite fields at positions (T,B) that `sample` returned. Where sequences overlap the last one
+        wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
+        no defined order, so all that share a position write the value of the last. With a copy on the GPU the
+        files keep what `add` wrote: it is what a resume begins with."""
+        position = index.T.flatten()
+        ordered, order = position.sort(stable=True)
+        last = order[torch.searchsorted(ordered, position, right=True) - 1]
+        for name, value in values.items():
+            field = self.data[name].flatten(0, 1)  # a view: writing to a copy would be lost
+            value = value.transpose(0, 1).flatten(0, 1)[last.to(value.device)]
+            field[position] = value.to(field)
 
     def state_dict(self) -> dict:
         return dict(super().state_dict(), queued=self.queued)
@@ -2096,6 +2119,7 @@ class Replay(Storage):
     def load_state_dict(self, state: dict, lost: int) -> None:
         super().load_state_dict(state, lost)
         self.queued = state["queued"]
+# ==== end shared ====
 
 
 def replay_specs(shapes: dict, action_dim: int, num_goals: int, rssm: RSSM) -> dict:
@@ -2120,8 +2144,9 @@ def replay_specs(shapes: dict, action_dim: int, num_goals: int, rssm: RSSM) -> d
 # ======== 9. evaluate and dream ========
 # ==== shared: evaluation ====
 def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
-    """Statistics of `eval_episodes` whole episodes, equally many in each environment, so that short ones do
-    not prevail. `stop`: not empty once a signal has come; then there is no result."""
+    """Statistics of `eval_episodes` whole episodes (above 16: the next multiple of 16), equally many in each
+    environment, so that short ones do not prevail. `stop`: not empty once a signal has come; then there is
+    no result."""
     num_envs = min(args.eval_episodes, 16)
     per_env = math.ceil(args.eval_episodes / num_envs)
     limit = 108_000 // args.action_repeat  # policy steps, as on Atari: some environments have no end
@@ -2137,7 +2162,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
         for i in np.flatnonzero(row["is_last"]):
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
-        if envs.length.max() >= limit:
+        if (envs.length[~row["is_last"]] >= limit).any():
             say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in np.flatnonzero(~row["is_last"]):
                 returns[i].append(envs.ret[i])
@@ -2230,11 +2255,11 @@ def dream_words(agent: Agent, replay: Replay, count: int = 4) -> str:
 
 def goal_table(book: PhraseBook) -> str:
     """What became of each goal, as Markdown; the shares are of the times it was drawn from replay."""
-    lines = ["| goal | proposed | achieved | reached in dreams | mean novelty |", "|---|---|---|---|---|"]
+    lines = ["| goal | proposed | achieved | reached in dreams | raw novelty |", "|---|---|---|---|---|"]
     rows = zip(book.phrases, book.tally.tolist())
-    for phrase, (proposed, achieved, drawn, imagined, novelty) in sorted(rows, key=lambda row: -row[1][0]):
+    for phrase, (proposed, achieved, drawn, reached, novelty) in sorted(rows, key=lambda row: -row[1][0]):
         drawn = max(drawn, 1e-9)
-        shares = f"{imagined / drawn:.1%} | {novelty / drawn:.2f}"
+        shares = f"{reached / drawn:.1%} | {novelty / drawn:.2f}"
         lines.append(f"| {phrase} | {proposed:.0f} | {achieved:.0f} | {shares} |")
     return "\n".join(lines)
 
@@ -2300,11 +2325,13 @@ def lock(run: Path):
         import fcntl
     except ImportError:  # not on Windows
         return None
-    file = open(run / "lock", "w")
     try:
+        file = open(run / "lock", "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         fail(f"another process is using {run}")
+    except OSError as error:
+        fail(f"the run directory cannot be written: {error}")
     return file
 
 
@@ -2385,7 +2412,10 @@ def make_run(args: Args, device: torch.device) -> Path:
     """The directory that is resumed, or a new one, with one name on all ranks."""
     now = torch.tensor([time.time_ns() // 1_000_000], device=device)
     run = Path(args.resume or f"{args.run_dir}/{run_name(args)}{int(gather_ranks(now)[0])}")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"the run directory cannot be made: {error}")
     return run
 # ==== end shared ====
 
@@ -2483,11 +2513,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
         found = Path(args.run_dir).glob(f"{run_name(args)}*/checkpoint.pt")
         newest = max(found, key=os.path.getmtime, default=None)
         args.resume = str(newest.parent) if newest else ""
+        if not newest:
+            print(f"nothing to resume: there is no {args.run_dir}/{run_name(args)}*; a new run begins")
     if args.resume:
         saved = Args(**load_checkpoint(Path(args.resume))["args"])
         args = replace(tyro.cli(Args, args=argv, default=saved), resume=args.resume)
         if args.env_id != saved.env_id:
             fail(f"{args.resume} is a run of {saved.env_id}, not of {args.env_id}")
+        if args.preset != saved.preset:
+            fail(f"{args.resume} began with --preset {saved.preset}; change single flags, or begin a new run")
     else:
         args = replace(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[args.preset])), resume="")
     check_args(args)
@@ -2504,9 +2538,16 @@ def check_positive(args: Args, names: str) -> None:
     for name in names.split():
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("seed", "eval_episodes"):
+    for name in ("seed", "eval_episodes", "action_repeat"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+
+
+def check_shares(args: Args, names: str) -> None:
+    """Probabilities, discounts and the like."""
+    for name in names.split():
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
 # ==== end shared ====
 
 
@@ -2514,11 +2555,15 @@ def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
     check_positive(
         args, "total_timesteps num_envs image_size batch_size train_ratio imag_horizon warmup agc save_every")
+    check_shares(args, "gamma lam sticky_actions unimix actor_unimix slow_rate")
     check_positive(args, "num_goals goal_every llm_timeout")
     if args.goal_source != "offline" and not args.llm_model:
         fail(f"--goal-source {args.goal_source} needs --llm-model")
-    if re.search(r"\W", args.llm_key_env):  # flags are logged
-        fail("--llm-key-env must be the name of an environment variable, not the key")
+    names = ("", Args.llm_key_env, *os.environ)
+    if args.llm_key_env not in names:  # flags are logged: a key among them would be
+        fail("--llm-key-env must name an environment variable that is set; never give the key itself")
+    if args.rnd_lr < 0 or args.novelty_floor > args.novelty_ceil:
+        fail("--rnd-lr must not be negative, nor --novelty-floor above --novelty-ceil")
     if not args.llm_url.startswith(("http://", "https://")):
         fail(f"--llm-url {args.llm_url} must begin with http:// or https://")
     if args.image_size % 16:
@@ -2539,7 +2584,8 @@ def start_log(run: Path, args: Args, step: int) -> SummaryWriter:
     """TensorBoard events, without those that a killed life wrote beyond `step`; a copy of the script."""
     writer = SummaryWriter(str(run), purge_step=step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")
-    shutil.copy(__file__, run)
+    if Path(__file__).resolve().parent != run.resolve():  # a run can be resumed with its own copy
+        shutil.copy(__file__, run)
     return writer
 
 
@@ -2620,9 +2666,10 @@ def main(args: Args) -> None:
     # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
     capacity = saved.get("capacity") or min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
     if capacity < length:
-        fail(f"replay of {capacity} rows per environment is shorter than --batch-length + 1: --buffer-size")
+        fail(f"replay of {capacity} rows per environment is shorter than --batch-length + 1: "
+             "raise --buffer-size or --total-timesteps")
     run = make_run(args, device)
-    held = lock(run) if rank == 0 else None
+    held = lock(run) if rank == 0 else None  # until the process ends
     specs = replay_specs(envs.shapes, envs.action_dim, args.num_goals, agent.world.rssm)
     if not saved:
         check_disk(run, specs, min(args.buffer_size, args.total_timesteps))
@@ -2637,7 +2684,7 @@ def main(args: Args) -> None:
         agent.goals.tally[:known] = saved["tally"][:known]
         load_weights(agent, saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        replay.load_state_dict(saved["replay"], lost=rows_at_risk(args, step))
+        replay.load_state_dict(saved["replay"], saved["at_risk"])
         if rank == 0:
             restore_rng(saved["rng"])
 
@@ -2659,7 +2706,8 @@ def main(args: Args) -> None:
         save_checkpoint(
             run, args, step=step, updates=updates, debt=debt, life=life, capacity=capacity,
             embedder=agent.captions.embedder.name, tally=agent.goals.tally,
-            agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict())
+            agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict(),
+            at_risk=0 if stopping else rows_at_risk(args, step))
 
     def dream() -> None:
         if replay.size > length:
@@ -2681,6 +2729,8 @@ def main(args: Args) -> None:
     ret = math.nan
     bar = progress_bar(args, step, rank)
     state = agent.initial(num_envs)
+    if saved and rank == 0:
+        save()  # says how many rows this life puts at risk
     while step < args.total_timesteps and not stopping:
         state = agent.act(row, state)
         state["action"][torch.as_tensor(row["is_last"])] = 0  # no action follows an episode's end
@@ -2696,7 +2746,7 @@ def main(args: Args) -> None:
         if (replay.size - args.batch_length) * args.num_envs >= starts:
             # one update at first: the rows before it are not made up for (official)
             debt += args.num_envs * ratio if updates else 1
-            while debt >= 1:
+            while debt >= 1 and not (stop and ranks == 1):  # updates that are due can take a minute
                 metrics = train_step(agent, optimizer, replay, batch_size)
                 updates += 1
                 debt -= 1
@@ -2717,7 +2767,7 @@ def main(args: Args) -> None:
             log_metrics(writer, values, step)
         if due(args.save_every):
             save()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training does not notice
             if due(args.video_every):
                 dream()
             if due(args.eval_every) and args.eval_episodes:

@@ -1,8 +1,8 @@
 """Dreamer (v1) in one file: learn a world model, then act by back-propagating returns through its dreams.
 
-Paper  Hafner et al., "Dream to Control: Learning Behaviors by Latent Imagination", ICLR 2020,
-       arXiv:1912.01603v3
-Code   checked against danijar/dreamer at 56d4d44: same parameter counts, same losses (tests/golden)
+Paper  Hafner et al., "Dream to Control: Learning Behaviors by Latent Imagination", arXiv:1912.01603v3
+Code   checked against danijar/dreamer at 56d4d44: same parameter counts, same losses (tests/golden);
+       contrastive and reward-only objectives, absent there: google-research/dreamer at d517542 (TF1)
 
     python dreamer_v1.py                             # ALE/Pong-v5 with continuous actions
     python dreamer_v1.py --env-id dm_control/walker-walk-v0 --representation contrastive
@@ -14,7 +14,8 @@ How the pieces fit (T time, B batch, H imagination, N = T*B dreams; time is alwa
     obs_t --Encoder--> tokens_t --.
     h_{t-1}, z_{t-1}, a_{t-1} --RSSM.core--> h_t --prior--> p(z_t | h_t)
                                   '-----------+--posterior--> q(z_t | h_t, tokens_t)
-    s_t = [h_t, z_t] --> reward head, Decoder or state model q(s_t | obs_t)   (WorldModel.loss)
+    s_t = [h_t, z_t] --> reward head, discount head, Decoder                  (WorldModel.loss)
+    tokens_t --> StateModel q(s_t | obs_t) if contrastive: the Decoder then only shows what s_t knows
     s_0 -a_0-> s_1 -a_1-> ... s_H  imagined with the prior                    (Behaviour.imagine, .loss)
 
 Which obs, action and reward share an index. A replay row t holds
@@ -25,16 +26,17 @@ Which obs, action and reward share an index. A replay row t holds
 A training sequence is T rows of one episode and the action before them; memory begins with zeros. In a dream
 reward and discount belong to the state itself: V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H.
 
-Names: deter h, stoch z, feat s = [h, z], post q, prior p, cont the discount d, value v, target V. Axes:
+Names: deter h, stoch z, feat s = [h, z], post q, prior p, cont the discount d, value v, ret V. Axes:
 T time, B batch, H imagination, N envs or dreams, S latents, D width of h, F feat, A action.
 
-How it differs from its relatives: DDPG, an actor-critic without a model, maximises a one-step Q; PlaNet plans
-anew at each step and sees no further than its horizon. Dreamer's actor learns from the exact gradient of the
-model's multi-step returns, and its value function reaches beyond the horizon.
-Differences from the official code: noise is drawn for each sequence (there one draw serves the whole batch);
-the last step of an episode is replayed too; modes are per row; feat is [h, z]; whole Atari games instead of
-lives, 0 to 30 no-ops instead of 1 to 30; no reset between random actions and policy; float32 or bfloat16
-instead of float16; contrastive: the paper's sum, over all pairs, in float64.
+Relatives: DDPG, an actor-critic without a model, maximises a one-step Q; PlaNet plans anew at each step and
+sees no further than its horizon. Dreamer's actor learns from the gradient of the model's multi-step returns
+(straight-through where actions are discrete), and its value function reaches beyond the horizon.
+Differences from danijar/dreamer: noise is drawn for each sequence (there one draw serves the whole batch);
+the last step of an episode is replayed too; each environment is evaluated with its own best sample (there the
+first one's serves all); feat is [h, z]; epsilon decays as in the paper (there 0.3); whole Atari games, not
+lives; 0 to 30 no-ops, not 1 to 30; no reset between random actions and policy; float32 or bfloat16, not
+float16. From TF1: contrastive with the paper's sum, over all pairs, in float64.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -84,8 +86,8 @@ class Args:
     exp_name: str = "dreamer_v1"  # second part of the run directory's name
     env_id: str = "ALE/Pong-v5"  # any Gymnasium id, also module:Env-v0; what is no image is rendered
     seed: int = 1  # of weights, environments and sampling
-    preset: Literal["default", "tiny", "discrete"] = "default"  # control, or Atari as in the paper's appendix
-    total_timesteps: int = 2_500_000  # policy steps; frames = steps x action repeat (official: 5M frames)
+    preset: Literal["default", "tiny", "discrete"] = "default"  # tiny: every phase in two minutes
+    total_timesteps: int = 2_500_000  # policy steps; frames = steps x action repeat (official: 5M)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA (official: fp16)
     compile: Literal["auto", "on", "off"] = "auto"  # auto: CUDA graphs of updates; on: torch.compile too
@@ -97,16 +99,16 @@ class Args:
     video_every: int = 50_000  # policy steps between dream GIFs; 0: only at the end
     log_every: int = 1_000  # policy steps between metric logs
     # environment
-    num_envs: int = 1  # parallel environments (official)
-    continuous: bool = True  # Atari: radius, angle and fire of a joystick instead of 18 buttons (ours)
+    num_envs: int = 1  # parallel environments (official: 1)
+    continuous: bool = True  # Atari: radius, angle and fire of a joystick, not buttons (ours)
     action_repeat: int = 0  # environment steps per policy step; 0: 4 on Atari, 2 on dm_control, else 1
     sticky_actions: float = 0.25  # Atari: probability that a frame repeats the last action (official)
     reward_transform: Literal["tanh", "identity"] = "identity"  # of replayed rewards (official; Atari: tanh)
     # replay and schedule
-    buffer_size: int = 1_000_000  # replay rows (official: all); an episode takes one more than it has steps
-    learning_starts: int = 2_500  # policy steps with random actions before the first update (official)
-    pretrain: int = 100  # updates at the first time (official)
-    train_every: int = 500  # policy steps between blocks of updates (official)
+    buffer_size: int = 1_000_000  # replay rows (official: all); fixed when a run begins
+    learning_starts: int = 2_500  # random policy steps before the first update (official: 5,000 frames)
+    pretrain: int = 100  # updates of the first block (official)
+    train_every: int = 500  # policy steps between blocks of updates (official: 1,000 frames)
     train_steps: int = 100  # updates per block (official)
     batch_size: int = 50  # sequences per update, B (official)
     batch_length: int = 50  # steps per sequence, T (official); shorter episodes are never replayed
@@ -118,21 +120,21 @@ class Args:
     cnn_depth: int = 32  # channels of the first convolution; doubled by each further one (official)
     units: int = 400  # width of the hidden layers of heads, actor and critic (official; paper: 300)
     kl_scale: float = 1.0  # weight of the KL, beta (official; Atari: 0.1)
-    free_nats: float = 3.0  # KL, mean of the batch, below which it is not trained (official)
+    free_nats: float = 3.0  # nats; the KL is not trained while its mean over the batch is below (official)
     pred_discount: bool = False  # predict episode ends, else the discount is gamma (official; Atari: True)
     discount_scale: float = 10.0  # weight of the discount loss (official)
     # behaviour
     imag_horizon: int = 15  # imagined steps, H (official; Atari: 10)
     gamma: float = 0.99  # discount (official)
-    lam: float = 0.95  # lambda of the targets (official)
+    lam: float = 0.95  # lambda of the returns (official)
     expl_noise: float = 0.3  # std of the noise on continuous actions (official)
     expl_eps: float = 0.4  # share of random discrete actions, down to a quarter after 200,000 updates (paper)
     # optimiser
-    model_lr: float = 6e-4  # (official)
-    actor_lr: float = 8e-5  # (official)
-    critic_lr: float = 8e-5  # (official)
-    adam_eps: float = 1e-7  # in Keras' form (official)
-    grad_clip: float = 100.0  # gradient norm allowed per optimiser (official)
+    model_lr: float = 6e-4  # learning rate of the world model (official)
+    actor_lr: float = 8e-5  # learning rate of the actor (official)
+    critic_lr: float = 8e-5  # learning rate of the critic (official)
+    adam_eps: float = 1e-7  # of Adam, added to sqrt(v) before bias correction, as in Keras (official)
+    grad_clip: float = 100.0  # largest gradient norm, for each optimiser (official)
 
 
 PRESETS = {
@@ -196,7 +198,7 @@ def gaussian_kl(p: tuple, q: tuple) -> torch.Tensor:
 
 def kl_loss(post: tuple, prior: tuple, free_nats: float) -> tuple[torch.Tensor, torch.Tensor]:
     """max(free nats, mean of KL(q || p)), a scalar, and the KL (T,B); both sides are trained. Eq. 10 (J_D).
-    Trap: free nats apply to the mean over the batch. The first code took the mean of max(0, KL - 3) instead;
+    Trap: free nats apply to the mean over the batch. The TF1 code takes the mean of max(0, KL - 3) instead;
     the author calls either fine."""
     kl = gaussian_kl(post, prior)
     joint = gather_ranks(kl.detach().mean()[None]).mean()  # over all ranks
@@ -204,8 +206,9 @@ def kl_loss(post: tuple, prior: tuple, free_nats: float) -> tuple[torch.Tensor, 
 
 
 def lambda_return(reward, value, cont, lam) -> torch.Tensor:
-    """V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H. Eq. 5, 6 (arXiv:1912.01603v3): mixture
-    of all V^k = r_t + ... + d^{k-1} r_{t+k-1} + d^k v_{t+k}, with weights (1-lam) lam^{k-1}, as a recursion.
+    """V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}), V_H = v_H. Eq. 5, 6 (arXiv:1912.01603v3) as a
+    recursion: a mixture of V^k = r_t + ... + d^{k-1} r_{t+k-1} + d^k v_{t+k}, k = 1..n, n = H - t, with
+    weights (1-lam) lam^{k-1} for k < n, and lam^{n-1} for k = n.
     Inputs (H,...), result (H-1,...). `cont` is the discount d. Trap: reward and discount are those of the
     state itself, and the last state only bootstraps."""
     ret = value[-1]
@@ -238,7 +241,7 @@ def pair_log_density(feat: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) 
 def nce_loss(feat: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """-mean of ln q(s_i | o_i) - ln sum_j q(s_i | o_j), over all N images, also its own. Eq. 12 (J_S).
     With several processes the images are those of the own one.
-    Trap: the released code fixes the image and sums over states: logsumexp over the other axis."""
+    Trap: the TF1 code fixes the image and sums over states: logsumexp over the other axis."""
     density = pair_log_density(feat, mean, std)  # (states, images)
     return -(density.diagonal() - density.logsumexp(1)).mean()
 
@@ -298,7 +301,7 @@ def init_gru(cell: nn.GRUCell) -> nn.GRUCell:
 
 
 class Float32Linear(nn.Linear):
-    """Runs in float32 under autocast. Trap: in bf16 values near 200 have three different numbers."""
+    """Runs in float32 under autocast. Trap: bf16 numbers near 200 are 1 apart, too coarse for advantages."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -374,7 +377,7 @@ class StateModel(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, std = float32(self.mlp(tokens)).chunk(2, -1)
-        return mean, F.softplus(std + math.log(math.e - 1)) + 0.01  # begins at 1.01 (official)
+        return mean, F.softplus(std + math.log(math.e - 1)) + 0.01  # begins at 1.01 (TF1)
 
 
 # ======== 4. world model ========
@@ -450,7 +453,7 @@ class WorldModel(nn.Module):
         """gamma * p(the episode goes on): the discount is in the head's target."""
         if not self.args.pred_discount:
             return torch.full(feat.shape[:-1], self.args.gamma, device=feat.device)
-        return float32(self.cont(feat)[..., 0]).sigmoid()
+        return self.cont(feat)[..., 0].sigmoid()
 
     def loss(self, rows: dict) -> tuple[dict, dict, dict]:
         """Replay rows (T,B,...) -> scalar losses {model, probe}, posterior (T,B,...), metrics. Each term is
@@ -473,8 +476,8 @@ class WorldModel(nn.Module):
         reward = rows["reward"].tanh() if self.args.reward_transform == "tanh" else rows["reward"]
         losses["reward"] = normal_nll(self.predict_reward(feat), reward).mean()
         if self.args.pred_discount:
-            cont = ~rows["is_terminal"] * self.args.gamma  # soft: a dream needs no other discount
-            cont_logit = float32(self.cont(feat)[..., 0])
+            cont = ~rows["is_terminal"] * self.args.gamma  # soft labels: the head learns the discount itself
+            cont_logit = self.cont(feat)[..., 0]
             losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont.to(cont_logit))
         if self.args.representation == "contrastive":
             mean, std = self.state_model(tokens)
@@ -494,7 +497,7 @@ class WorldModel(nn.Module):
             "losses/image": image.detach(),
         }
         metrics.update({f"losses/{k}": v.detach() for k, v in losses.items()})
-        # stop-gradient: the behaviour must not bend the world model
+        # stop-gradient: where a dream begins is given, for the behaviour
         return total, dict(deter=deter.detach(), stoch=stoch.detach()), metrics
 
     def image_loss(self, deter: torch.Tensor, stoch: torch.Tensor, rows: dict) -> torch.Tensor:
@@ -548,38 +551,40 @@ class Behaviour(nn.Module):
         feat = torch.cat([deter, stoch], -1)
         feats = []
         for _ in range(self.args.imag_horizon):
-            # stop-gradient: an action moves later states, not the view that later actions take
+            # stop-gradient: a return reaches an action through the states it leads to, not through the inputs
+            # of later actions (official)
             action = self.sample(feat.detach())
             deter, stoch = rssm.imagine_step(deter, stoch, action)
             feat = torch.cat([deter, stoch], -1)
             feats.append(feat)
         return torch.stack(feats)
 
-    def target(self, world: WorldModel, feat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def returns(self, world: WorldModel, feat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """V_t (H-1,N), weights (H-1,N) of a dream feat (H,N,F). Eq. 6.
 
             states     s_0 -a_0-> s_1 -a_1-> s_2 -a_2-> s_3      H = 3
-            targets               V_1        V_2        (V_3 = v_3 only bootstraps)
+            returns               V_1        V_2        (V_3 = v_3 only bootstraps)
             critic                v_1 - V_1  v_2 - V_2
-        V_t contains r_t, for arriving in s_t, so V_1 is the first target that a_0 can change: the replayed
+        V_t contains r_t, for arriving in s_t, so V_1 is the first return that a_0 can change: the replayed
         state s_0 takes part in neither loss."""
         reward = world.predict_reward(feat)
         value = self.critic(feat)[..., 0]
         cont = world.predict_cont(feat)
-        target = lambda_return(reward, value, cont, self.args.lam)
-        # w_t = d_1 ... d_{t-1}: the probability that the dream has come so far; not to be optimised itself
+        ret = lambda_return(reward, value, cont, self.args.lam)
+        # w_t = d_1 ... d_{t-1}: discounted probability that the dream gets to t; a weight, so no gradient
         weight = torch.cat([torch.ones_like(cont[:1]), cont[:-2]]).cumprod(0).detach()
-        return target, weight
+        return ret, weight
 
-    def actor_loss(self, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Eq. 7 (arXiv:1912.01603v3): -w_t V_t, t = 1..H-1. The gradient goes through reward, value, discount
-        and dynamics to the actions: no baseline, no likelihood ratio, no entropy bonus."""
-        return -(weight * target).mean()
+    def actor_loss(self, ret: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Eq. 7 (arXiv:1912.01603v3): -w_t V_t, t = 1..H-1 (official; the paper sums from s_0, without w_t).
+        The gradient goes through reward, value, discount and dynamics to the actions: no baseline, no
+        likelihood ratio, no entropy bonus."""
+        return -(weight * ret).mean()
 
-    def critic_loss(self, feat, target, weight) -> tuple[torch.Tensor, torch.Tensor]:
+    def critic_loss(self, feat, ret, weight) -> tuple[torch.Tensor, torch.Tensor]:
         """Eq. 8: w_t (v_t - sg(V_t))^2 / 2 and a constant, t = 1..H-1 -> loss, v (H-1,N)."""
         value = self.critic(feat[:-1].detach())[..., 0]
-        return (weight * normal_nll(value, target.detach())).mean(), value
+        return (weight * normal_nll(value, ret.detach())).mean(), value
 
     def loss(self, world: WorldModel, post: dict) -> tuple[dict, dict]:
         """Posterior of T x B rows -> actor and critic loss of dreams from every state, metrics."""
@@ -587,16 +592,16 @@ class Behaviour(nn.Module):
             post = {k: v[:-1] for k, v in post.items()}
         start = {k: v.flatten(0, 1) for k, v in post.items()}
         feat = self.imagine(world.rssm, start["deter"], start["stoch"])
-        target, weight = self.target(world, feat)
-        policy_loss = self.actor_loss(target, weight)
-        value_loss, value = self.critic_loss(feat, target, weight)
-        losses = dict(policy=policy_loss, value=value_loss)
+        ret, weight = self.returns(world, feat)
+        actor_loss = self.actor_loss(ret, weight)
+        critic_loss, value = self.critic_loss(feat, ret, weight)
+        losses = dict(policy=actor_loss, value=critic_loss)
         with torch.no_grad():
             policy = self.policy(torch.cat([start["deter"], start["stoch"]], -1))
             spread = entropy(policy) if self.discrete else policy.entropy()
         metrics = {
             "ac/entropy": spread.mean(),
-            "ac/return": target.mean(),
+            "ac/return": ret.mean(),
             "ac/value": value.mean(),
             "ac/weight": weight.mean(),
             **{f"losses/{k}": v for k, v in losses.items()},
@@ -660,7 +665,7 @@ class Optimizers:
         self.actor = Adam(agent.behaviour.actor.parameters(), args.actor_lr, eps, clip)
         self.critic = Adam(agent.behaviour.critic.parameters(), args.critic_lr, eps, clip)
         if args.representation != "reconstruction":
-            self.probe = Adam(agent.world.decoder.parameters(), 1e-3, eps, 1000.0)  # (official)
+            self.probe = Adam(agent.world.decoder.parameters(), 1e-3, eps, 1000.0)  # (TF1)
 
     def state_dict(self) -> dict:
         return {name: part.state_dict() for name, part in vars(self).items()}
@@ -766,7 +771,8 @@ def find_spec(env_id: str) -> gymnasium.envs.registration.EnvSpec:
             importlib.import_module(module)
         spec = gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
-        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}")  # such as: did you mean ...
+        hint = ' (pip install "shimmy[dm-control]" "mujoco<4")' if module == "shimmy" else ""
+        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}{hint}")  # such as: did you mean ...
     if str(spec.entry_point).startswith("ale_py") and not name.startswith("ALE/"):
         game = "".join(word.capitalize() for word in spec.kwargs["game"].split("_"))
         fail(f"--env-id {env_id} is another protocol (frame skip, sticky actions); use ALE/{game}-v5")
@@ -780,7 +786,7 @@ class Envs:
     `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
 
     def __init__(self, args, num_envs: int, seeds: np.ndarray, size: int, pixels: bool = False, **atari):
-        """`size`: side of the image. `pixels`: see the rendered one. `atari`: options of ale-py's own."""
+        """`size`: side of the image. `pixels`: see the rendered one. `atari`: other options for ale-py."""
         spec = find_spec(args.env_id)
         self.num_envs = num_envs
         self.seeds = seeds
@@ -972,12 +978,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
     needed = rows * row_bytes(specs) / 2**30
     free = shutil.disk_usage(run).free / 2**30
     if needed > free:
-        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: use another --run-dir, "
+             "or a smaller --buffer-size or --total-timesteps")
 
 
 def rows_at_risk(args, step: int, more: int = 0) -> int:
-    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come
-    `more` steps late. An episode has one row more than it has steps."""
+    """Rows per environment that a life may still add after its checkpoint at `step` and before the next one,
+    which may come `more` steps late. An episode has one row more than steps."""
     steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
     return 2 * steps // args.num_envs + 1
 
@@ -1018,31 +1025,18 @@ class Storage:
         self.rows += 1
         self.size = min(self.size + 1, self.capacity)
 
-    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
-        """Row numbers (T,B) and streams (B,) -> fields (T,B,...), and their positions for `write`."""
+    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> dict:
+        """Row numbers (T,B) and streams (B,) -> fields (T,B,...)."""
         index = rows % self.capacity * self.num_envs + envs
-        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}, index
-
-    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
-        """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one
-        wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
-        no defined order, so all that share a position write the value of the last. With a copy on the GPU the
-        files keep what `add` wrote: it is what a resume begins with."""
-        position = index.T.flatten()
-        ordered, order = position.sort(stable=True)
-        last = order[torch.searchsorted(ordered, position, right=True) - 1]
-        for name, value in values.items():
-            field = self.data[name].flatten(0, 1)  # a view: writing to a copy would be lost
-            value = value.transpose(0, 1).flatten(0, 1)[last.to(value.device)]
-            field[position] = value.to(field)
+        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}
 
     def state_dict(self) -> dict:
-        return dict(rows=self.rows)
+        return dict(rows=self.rows, size=self.size)
 
     def load_state_dict(self, state: dict, lost: int) -> None:
         """`lost`: rows that may have been overwritten between the checkpoint and a crash: not used."""
         self.rows = state["rows"]
-        self.size = max(min(self.rows, self.capacity - lost), 0)
+        self.size = max(min(state["size"], self.capacity - lost), 0)
 # ==== end shared ====
 
 
@@ -1092,7 +1086,7 @@ class Replay(Storage):
         choices = rows - length + 1
         start = (torch.rand(batch_size, dtype=torch.float64) * choices).long()
         index = first + start + torch.arange(-1, length)[:, None]  # one row earlier: it holds the action
-        batch, _ = self.gather(index.to(self.device), env.to(self.device))
+        batch = self.gather(index.to(self.device), env.to(self.device))
         prev_action = batch.pop("action")[:-1]
         batch = {name: field[1:] for name, field in batch.items()}
         # before an episode's first row is another episode, or a row that was overwritten
@@ -1125,8 +1119,9 @@ def replay_specs(shapes: dict, action_dim: int) -> dict:
 # ======== 9. evaluate and dream ========
 # ==== shared: evaluation ====
 def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
-    """Statistics of `eval_episodes` whole episodes, equally many in each environment, so that short ones do
-    not prevail. `stop`: not empty once a signal has come; then there is no result."""
+    """Statistics of `eval_episodes` whole episodes (above 16: the next multiple of 16), equally many in each
+    environment, so that short ones do not prevail. `stop`: not empty once a signal has come; then there is
+    no result."""
     num_envs = min(args.eval_episodes, 16)
     per_env = math.ceil(args.eval_episodes / num_envs)
     limit = 108_000 // args.action_repeat  # policy steps, as on Atari: some environments have no end
@@ -1142,7 +1137,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
         for i in np.flatnonzero(row["is_last"]):
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
-        if envs.length.max() >= limit:
+        if (envs.length[~row["is_last"]] >= limit).any():
             say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in np.flatnonzero(~row["is_last"]):
                 returns[i].append(envs.ret[i])
@@ -1269,11 +1264,13 @@ def lock(run: Path):
         import fcntl
     except ImportError:  # not on Windows
         return None
-    file = open(run / "lock", "w")
     try:
+        file = open(run / "lock", "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         fail(f"another process is using {run}")
+    except OSError as error:
+        fail(f"the run directory cannot be written: {error}")
     return file
 
 
@@ -1354,7 +1351,10 @@ def make_run(args: Args, device: torch.device) -> Path:
     """The directory that is resumed, or a new one, with one name on all ranks."""
     now = torch.tensor([time.time_ns() // 1_000_000], device=device)
     run = Path(args.resume or f"{args.run_dir}/{run_name(args)}{int(gather_ranks(now)[0])}")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"the run directory cannot be made: {error}")
     return run
 # ==== end shared ====
 
@@ -1452,11 +1452,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
         found = Path(args.run_dir).glob(f"{run_name(args)}*/checkpoint.pt")
         newest = max(found, key=os.path.getmtime, default=None)
         args.resume = str(newest.parent) if newest else ""
+        if not newest:
+            print(f"nothing to resume: there is no {args.run_dir}/{run_name(args)}*; a new run begins")
     if args.resume:
         saved = Args(**load_checkpoint(Path(args.resume))["args"])
         args = replace(tyro.cli(Args, args=argv, default=saved), resume=args.resume)
         if args.env_id != saved.env_id:
             fail(f"{args.resume} is a run of {saved.env_id}, not of {args.env_id}")
+        if args.preset != saved.preset:
+            fail(f"{args.resume} began with --preset {saved.preset}; change single flags, or begin a new run")
     else:
         args = replace(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[args.preset])), resume="")
     check_args(args)
@@ -1473,9 +1477,16 @@ def check_positive(args: Args, names: str) -> None:
     for name in names.split():
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("seed", "eval_episodes"):
+    for name in ("seed", "eval_episodes", "action_repeat"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+
+
+def check_shares(args: Args, names: str) -> None:
+    """Probabilities, discounts and the like."""
+    for name in names.split():
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
 # ==== end shared ====
 
 
@@ -1484,8 +1495,9 @@ def check_args(args: Args) -> None:
     check_positive(
         args, "total_timesteps num_envs batch_size pretrain train_every train_steps grad_clip save_every")
     check_positive(args, "deter hidden stoch cnn_depth units")
+    check_shares(args, "gamma lam sticky_actions expl_eps")
     if args.imag_horizon < 2 or args.batch_length < 2:
-        fail("--imag-horizon (H steps give H - 1 targets) and --batch-length must be at least 2")
+        fail("--imag-horizon (H steps give H - 1 returns) and --batch-length must be at least 2")
     gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
     if args.precision == "auto":
         args.precision = "bf16" if gpu else "fp32"
@@ -1493,7 +1505,6 @@ def check_args(args: Args) -> None:
         args.action_repeat = 2 if "dm_control/" in args.env_id else 1
         if args.env_id.startswith(("ALE/", "ale_py:ALE/")):
             args.action_repeat = 4
-    check_positive(args, "action_repeat")
 
 
 # ==== shared: logging ====
@@ -1501,7 +1512,8 @@ def start_log(run: Path, args: Args, step: int) -> SummaryWriter:
     """TensorBoard events, without those that a killed life wrote beyond `step`; a copy of the script."""
     writer = SummaryWriter(str(run), purge_step=step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")
-    shutil.copy(__file__, run)
+    if Path(__file__).resolve().parent != run.resolve():  # a run can be resumed with its own copy
+        shutil.copy(__file__, run)
     return writer
 
 
@@ -1579,9 +1591,12 @@ def main(args: Args) -> None:
     # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
     capacity = saved.get("capacity") or min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
     if capacity < args.batch_length:
-        fail(f"replay of {capacity} rows per environment is shorter than --batch-length: --buffer-size")
+        fail(f"replay of {capacity} rows per environment is shorter than --batch-length: "
+             "raise --buffer-size or --total-timesteps")
+    if not updates and args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} is not below --total-timesteps")
     run = make_run(args, device)
-    held = lock(run) if rank == 0 else None
+    held = lock(run) if rank == 0 else None  # until the process ends
     specs = replay_specs(envs.shapes, envs.action_dim)
     if not saved:
         check_disk(run, specs, min(args.buffer_size, args.total_timesteps))
@@ -1590,7 +1605,10 @@ def main(args: Args) -> None:
     if saved:
         load_weights(agent, saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        replay.load_state_dict(saved["replay"], lost=rows_at_risk(args, step))
+        replay.load_state_dict(saved["replay"], saved["at_risk"])
+        (ready,) = sum_ranks([bool(replay.episodes)], device)
+        if ready < ranks:
+            debt = 0  # no episode is left, or long enough: wait for a new one
         if rank == 0:
             restore_rng(saved["rng"])
 
@@ -1608,7 +1626,8 @@ def main(args: Args) -> None:
     def save() -> None:
         save_checkpoint(
             run, args, step=step, updates=updates, trained=trained, debt=debt, life=life, capacity=capacity,
-            agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict())
+            agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict(),
+            at_risk=0 if stopping else rows_at_risk(args, step))
 
     def dream() -> None:
         if replay.episodes:
@@ -1624,6 +1643,8 @@ def main(args: Args) -> None:
     bar = progress_bar(args, step, rank)
     row = envs.reset()
     state = agent.initial(num_envs)
+    if saved and rank == 0:
+        save()  # says how many rows this life puts at risk
     while (step < args.total_timesteps or debt) and not stopping:
         before = step
         episodes = []
@@ -1668,7 +1689,7 @@ def main(args: Args) -> None:
             log_metrics(writer, values, step)
         if due(args.save_every):
             save()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training does not notice
             if due(args.video_every):
                 dream()
             if due(args.eval_every) and args.eval_episodes:

@@ -22,16 +22,17 @@ Which obs, action and reward share an index. A replay row t holds
     arrived together, caused by action_{t-1}              | chosen here
 
 A training sequence is T rows of one episode; its row 0 counts as is_first: memory begins with zeros. In a
-dream reward and discount belong to the state itself: V_t = r_t + d_t ((1-lam) v_{t+1} + lam V_{t+1}),
-V_H = v_H.
+dream reward and discount belong to the state itself: V_t = r_t + d_t ((1-lam) v'_{t+1} + lam V_{t+1}),
+V_H = v'_H.
 
 Names: deter h, stoch z (some texts: s), feat s = [h, z], post_logits q, prior_logits p, cont the discount d,
-value v, slow_value the target critic, target V. Axes: T time, B batch, H imagination, N envs or dreams,
+value v, slow_value v' (the target critic), ret V. Axes: T time, B batch, H imagination, N envs or dreams,
 S groups of K classes, D width of h, F feat, A action.
 
 What changes from DreamerV1: 32 categoricals with straight-through gradients instead of a Gaussian; KL
-balancing; a GRU with layer norm; a predicted discount; a target critic; Reinforce for discrete actions;
-ends of episodes are replayed more often.
+balancing; a GRU with layer norm; the discount is predicted by default; a target critic; the critic also
+learns at a dream's first state; Reinforce for discrete actions, a truncated instead of a tanh-transformed
+normal for continuous ones; weight decay; ends of episodes are replayed more often.
 Differences from the official code: float32 or bfloat16 instead of float16; feat is [h, z] instead of [z, h];
 0 to 30 no-ops at reset instead of 1 to 30; the environment is not reset between random actions and policy;
 replay counts rows, resetting rows too; --actor-grad both with continuous actions cuts the sample's gradient
@@ -85,7 +86,7 @@ class Args:
     exp_name: str = "dreamer_v2"  # second part of the run directory's name
     env_id: str = "ALE/Pong-v5"  # any Gymnasium id, also module:Env-v0; what is no image is rendered
     seed: int = 1  # of weights, environments and sampling
-    preset: Literal["default", "tiny", "paper", "dmc"] = "default"  # released Atari, or Table D.1, or control
+    preset: Literal["default", "tiny", "paper", "dmc"] = "default"  # Atari as released; Table D.1; control
     total_timesteps: int = 50_000_000  # policy steps; frames = steps x action repeat (official: 200M frames)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA (official: fp16)
@@ -98,16 +99,16 @@ class Args:
     video_every: int = 50_000  # policy steps between dream GIFs; 0: only at the end
     log_every: int = 1_000  # policy steps between metric logs
     # environment
-    num_envs: int = 1  # parallel environments (official)
+    num_envs: int = 1  # parallel environments (official: 1)
     grayscale: bool = True  # Atari in gray (official)
     action_repeat: int = 0  # environment steps per policy step; 0: 4 on Atari, else 1 (official; control: 2)
     sticky_actions: float = 0.25  # Atari: probability that a frame repeats the last action (official)
-    full_action_space: bool = False  # Atari: all 18 actions (paper)
+    full_action_space: bool = False  # Atari: all 18 actions (official: off, paper: on)
     reward_transform: Literal["tanh", "identity"] = "tanh"  # of replayed rewards (official)
     # replay and schedule
-    buffer_size: int = 2_000_000  # replay rows (official); an episode takes one more than it has steps
+    buffer_size: int = 2_000_000  # replay rows (official); fixed when a run begins
     learning_starts: int = 50_000  # policy steps with random actions before the first update (official)
-    pretrain: int = 1  # additional updates at the first one (official)
+    pretrain: int = 1  # further updates right after the first one (official; control: 100)
     train_every: int = 16  # policy steps per update (official; paper: 4)
     batch_size: int = 16  # sequences per update, B (official; paper: 50)
     batch_length: int = 50  # steps per sequence, T (official); shorter episodes are never replayed
@@ -122,25 +123,25 @@ class Args:
     units: int = 400  # width of those layers (official)
     kl_scale: float = 0.1  # weight of the KL, beta (official Atari; paper's range 0.1, 0.3, 1, 3)
     kl_balance: float = 0.8  # share of the KL's gradient that trains the prior (official); 0.5: none
-    free_nats: float = 0.0  # KL, mean of the batch, below which it is not trained (official; control: 1)
+    free_nats: float = 0.0  # nats; the KL is not trained while its mean over the batch is below (official)
     pred_discount: bool = True  # predict episode ends, else the discount is always gamma (official on Atari)
     discount_scale: float = 5.0  # weight of the discount loss (official Atari)
     # behaviour
     imag_horizon: int = 15  # imagined steps, H (official)
     gamma: float = 0.999  # discount (official Atari; paper: 0.995)
-    lam: float = 0.95  # lambda of the targets (official)
-    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # auto: dynamics where continuous
+    lam: float = 0.95  # lambda of the returns (official)
+    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # auto: by kind of action
     rho: float = 0.9  # share of Reinforce with --actor-grad both (official: 1 - actor_grad_mix)
-    ent_coef: float = 1e-3  # entropy bonus (official Atari); for a schedule change it in main's loop
-    slow_rate: float = 1.0  # step of the slow critic towards the critic (official)
+    ent_coef: float = 1e-3  # entropy bonus (official Atari); a CUDA graph keeps the first value
+    slow_rate: float = 1.0  # step of the slow critic towards the critic (official); 1: a copy
     slow_every: int = 100  # updates between such steps (official)
     # optimiser
-    model_lr: float = 2e-4  # (official Atari)
-    actor_lr: float = 4e-5  # (official Atari)
-    critic_lr: float = 1e-4  # (official Atari)
-    adam_eps: float = 1e-5  # in Keras' form (official)
+    model_lr: float = 2e-4  # learning rate of the world model (official Atari)
+    actor_lr: float = 4e-5  # learning rate of the actor (official Atari)
+    critic_lr: float = 1e-4  # learning rate of the critic (official Atari)
+    adam_eps: float = 1e-5  # of Adam, added to sqrt(v) before bias correction, as in Keras (official)
     weight_decay: float = 1e-6  # share of every weight that an update takes away (official)
-    grad_clip: float = 100.0  # gradient norm allowed per optimiser (official)
+    grad_clip: float = 100.0  # largest gradient norm, for each optimiser (official)
 
 
 PRESETS = {
@@ -149,6 +150,7 @@ PRESETS = {
         deter=64, hidden=64, stoch=8, classes=8, cnn_depth=8, layers=2, units=64, total_timesteps=2_000,
         learning_starts=1_000, batch_size=8, batch_length=16, train_every=8, model_lr=1e-3, actor_lr=3e-4,
         critic_lr=3e-4, save_every=1_000, eval_every=0, video_every=0, log_every=100, eval_episodes=1),
+    # Table D.1 and all 18 actions; the rest as released: discount_scale 5, one resize to 64x64
     "paper": dict(full_action_space=True, gamma=0.995, batch_size=50, train_every=4),
     "dmc": dict(  # released settings for control from pixels; the budget is ours
         action_repeat=2, reward_transform="identity", grayscale=False, sticky_actions=0.0, eval_every=10_000,
@@ -165,7 +167,8 @@ def float32(x: torch.Tensor) -> torch.Tensor:
 
 
 class StraightThrough(torch.autograd.Function):
-    """One-hot sample of probs (...,K) whose gradient goes to probs as it is.
+    """One-hot sample of probs (...,K) whose gradient goes to probs as it is. Algorithm 1
+    (arXiv:2010.02193v4): sample = one_hot(draw(probs)); sample = sample + probs - stop_gradient(probs).
     argmax(p / e) with e ~ Exp(1) is an exact categorical draw."""
 
     @staticmethod
@@ -267,7 +270,7 @@ def init(layer: nn.Module) -> nn.Module:
 
 
 class Float32Linear(nn.Linear):
-    """Runs in float32 under autocast. Trap: in bf16 values near 200 have three different numbers."""
+    """Runs in float32 under autocast. Trap: bf16 numbers near 200 are 1 apart, too coarse for advantages."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -412,7 +415,7 @@ class WorldModel(nn.Module):
         """gamma * p(the episode goes on): the discount is in the head's target."""
         if not self.args.pred_discount:
             return torch.full(feat.shape[:-1], self.args.gamma, device=feat.device)
-        return float32(self.cont(feat)[..., 0]).sigmoid()
+        return self.cont(feat)[..., 0].sigmoid()
 
     def loss(self, rows: dict) -> tuple[torch.Tensor, dict, dict]:
         """Replay rows (T,B,...) -> scalar loss, posterior (T,B,...), metrics. Minus the evidence lower bound,
@@ -432,8 +435,8 @@ class WorldModel(nn.Module):
         reward = rows["reward"].tanh() if self.args.reward_transform == "tanh" else rows["reward"]
         losses["reward"] = normal_nll(self.predict_reward(feat), reward).mean()
         if self.args.pred_discount:
-            cont = ~rows["is_terminal"] * self.args.gamma  # soft: a dream needs no other discount
-            cont_logit = float32(self.cont(feat)[..., 0])
+            cont = ~rows["is_terminal"] * self.args.gamma  # soft labels: the head learns the discount itself
+            cont_logit = self.cont(feat)[..., 0]
             losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont.to(cont_logit))
         scales = dict(kl=self.args.kl_scale, cont=self.args.discount_scale)
         total = sum(scales.get(k, 1.0) * v for k, v in losses.items())
@@ -445,7 +448,7 @@ class WorldModel(nn.Module):
                 "wm/prior_entropy": entropy(float32(prior_logits).log_softmax(-1)).sum(-1).mean(),
             }
         metrics.update({f"losses/{k}": v.detach() for k, v in losses.items()})
-        # stop-gradient: the behaviour must not bend the world model
+        # stop-gradient: where a dream begins is given, for the behaviour
         return total, dict(deter=deter.detach(), stoch=stoch.detach()), metrics
 
 
@@ -490,35 +493,38 @@ class Behaviour(nn.Module):
         """Roll the policy out from h (N,D), z (N,S*K) -> feat (H+1,N,F), action (H,N,A)."""
         feats, actions = [torch.cat([deter, stoch], -1)], []
         for _ in range(self.args.imag_horizon):
-            # stop-gradient: an action moves later states, not the view that later actions take
+            # stop-gradient: a return reaches an action through the states it leads to, not through the inputs
+            # of later actions (official)
             action = self.sample(feats[-1].detach())
             deter, stoch = rssm.imagine_step(deter, stoch, action)
             feats.append(torch.cat([deter, stoch], -1))
             actions.append(action)
         return torch.stack(feats), torch.stack(actions)
 
-    def target(self, world: WorldModel, feat: torch.Tensor, is_terminal: torch.Tensor) -> tuple:
-        """V_t (H,N), slow values (H+1,N), weights (H+1,N) of a dream feat (H+1,N,F) from states (N,). Eq. 4.
+    def returns(self, world: WorldModel, feat: torch.Tensor, is_terminal: torch.Tensor) -> tuple:
+        """V_t (H,N), slow values v' (H+1,N), weights (H+1,N) of a dream feat (H+1,N,F). Eq. 4.
 
             states     s_0 -a_0-> s_1 -a_1-> s_2 -a_2-> s_3      H = 3
-            targets    V_0        V_1        V_2        (V_3 = v_3 only bootstraps)
+            returns    V_0        V_1        V_2        (V_3 = v'_3 only bootstraps)
             critic     v_0 - V_0  v_1 - V_1  v_2 - V_2
-            actor      ln pi(a_0 | s_0) (V_1 - v_0)   ln pi(a_1 | s_1) (V_2 - v_1)
-        V_t contains r_t, which came before a_t: the first target that a_t can change is V_{t+1}."""
+            actor      ln pi(a_0 | s_0) (V_1 - v'_0)   ln pi(a_1 | s_1) (V_2 - v'_1)
+        V_t contains r_t, which came before a_t: the first return that a_t can change is V_{t+1} (the paper
+        numbers actions otherwise). The slow critic bootstraps and is the baseline (official; paper: v)."""
         reward = world.predict_reward(feat)
         slow_value = self.slow_critic(feat)[..., 0]
         cont = world.predict_cont(feat)
         if self.args.pred_discount:  # known for the replayed state: no dream goes beyond an episode's end
             known = ~is_terminal * self.args.gamma
             cont = torch.cat([known[None].to(cont), cont[1:]])
-        target = lambda_return(reward, slow_value, cont, self.args.lam)
-        # w_t = d_0 ... d_{t-1}: the probability that the dream has come so far; not to be optimised itself
+        ret = lambda_return(reward, slow_value, cont, self.args.lam)
+        # w_t = d_0 ... d_{t-1}: discounted probability that the dream gets to t; a weight, so no gradient
         weight = torch.cat([torch.ones_like(cont[:1]), cont[:-1]]).cumprod(0).detach()
-        return target, slow_value, weight
+        return ret, slow_value, weight
 
-    def actor_loss(self, feat, action, target, slow_value, weight) -> tuple[torch.Tensor, torch.Tensor]:
+    def actor_loss(self, feat, action, ret, slow_value, weight) -> tuple[torch.Tensor, torch.Tensor]:
         """Eq. 6 (arXiv:2010.02193v4) -> loss, entropy (H-1,N):
-        -w_t (rho ln pi(a_t | s_t) sg(V_{t+1} - v_t) + (1 - rho) V_{t+1} + eta H(pi(. | s_t))), t = 0..H-2."""
+        -w_t (rho ln pi(a_t | s_t) sg(V_{t+1} - v'_t) + (1 - rho) V_{t+1} + eta H(pi(. | s_t))),
+        t = 0..H-2."""
         policy = self.policy(feat[:-2].detach())
         action = action[:-1].detach()  # Reinforce takes them as given
         if self.discrete:
@@ -527,29 +533,29 @@ class Behaviour(nn.Module):
         else:
             log_prob = policy.log_prob(action)
             bonus = policy.entropy()
-        advantage = (target[1:] - slow_value[:-2]).detach()
+        advantage = (ret[1:] - slow_value[:-2]).detach()
         rho = dict(reinforce=1.0, dynamics=0.0, both=self.args.rho)[self.actor_grad]
-        objective = rho * log_prob * advantage + (1 - rho) * target[1:]
+        objective = rho * log_prob * advantage + (1 - rho) * ret[1:]
         return -(weight[:-2] * (objective + self.args.ent_coef * bonus)).mean(), bonus
 
-    def critic_loss(self, feat, target, weight) -> tuple[torch.Tensor, torch.Tensor]:
+    def critic_loss(self, feat, ret, weight) -> tuple[torch.Tensor, torch.Tensor]:
         """Eq. 5: w_t (v_t - sg(V_t))^2 / 2 and a constant, t = 0..H-1 -> loss, v (H,N)."""
         value = self.critic(feat[:-1].detach())[..., 0]
-        return (weight[:-1] * normal_nll(value, target.detach())).mean(), value
+        return (weight[:-1] * normal_nll(value, ret.detach())).mean(), value
 
     def loss(self, world: WorldModel, post: dict, rows: dict) -> tuple[dict, dict]:
         """Posterior of T x B rows -> actor and critic loss of dreams from every state, metrics."""
         start = {k: v.flatten(0, 1) for k, v in post.items()}
         with torch.set_grad_enabled(self.actor_grad != "reinforce"):  # Reinforce needs none through the dream
             feat, action = self.imagine(world.rssm, start["deter"], start["stoch"])
-            target, slow_value, weight = self.target(world, feat, rows["is_terminal"].flatten())
+            ret, slow_value, weight = self.returns(world, feat, rows["is_terminal"].flatten())
         torch.clear_autocast_cache()  # bf16 copies of weights that may have no gradient
-        policy_loss, bonus = self.actor_loss(feat, action, target, slow_value, weight)
-        value_loss, value = self.critic_loss(feat, target, weight)
-        losses = dict(policy=policy_loss, value=value_loss)
+        actor_loss, bonus = self.actor_loss(feat, action, ret, slow_value, weight)
+        critic_loss, value = self.critic_loss(feat, ret, weight)
+        losses = dict(policy=actor_loss, value=critic_loss)
         metrics = {
             "ac/entropy": bonus.mean(),
-            "ac/return": target.mean(),
+            "ac/return": ret.mean(),
             "ac/value": value.mean(),
             "ac/slow_value": slow_value.mean(),
             "ac/weight": weight.mean(),
@@ -572,7 +578,7 @@ class Adam:
     """Adam in Keras' form after global-norm clipping, with weight decay that ignores the learning rate:
     g <- g min(1, clip / |g|);  m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2
     p <- p (1 - decay) - lr sqrt(1 - b2^k) / (1 - b1^k) m / (sqrt(v) + eps)
-    Trap: torch divides by sqrt(v / (1-b2^k)) + eps, and AdamW's decay is lr times smaller.
+    Trap: torch divides by sqrt(v / (1-b2^k)) + eps, and AdamW multiplies its decay by lr.
     Source: `common.Optimizer`. The counter is a tensor: no host reads."""
 
     def __init__(self, params, lr: float, args: Args, beta1=0.9, beta2=0.999):
@@ -721,7 +727,8 @@ def find_spec(env_id: str) -> gymnasium.envs.registration.EnvSpec:
             importlib.import_module(module)
         spec = gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
-        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}")  # such as: did you mean ...
+        hint = ' (pip install "shimmy[dm-control]" "mujoco<4")' if module == "shimmy" else ""
+        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}{hint}")  # such as: did you mean ...
     if str(spec.entry_point).startswith("ale_py") and not name.startswith("ALE/"):
         game = "".join(word.capitalize() for word in spec.kwargs["game"].split("_"))
         fail(f"--env-id {env_id} is another protocol (frame skip, sticky actions); use ALE/{game}-v5")
@@ -735,7 +742,7 @@ class Envs:
     `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
 
     def __init__(self, args, num_envs: int, seeds: np.ndarray, size: int, pixels: bool = False, **atari):
-        """`size`: side of the image. `pixels`: see the rendered one. `atari`: options of ale-py's own."""
+        """`size`: side of the image. `pixels`: see the rendered one. `atari`: other options for ale-py."""
         spec = find_spec(args.env_id)
         self.num_envs = num_envs
         self.seeds = seeds
@@ -909,12 +916,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
     needed = rows * row_bytes(specs) / 2**30
     free = shutil.disk_usage(run).free / 2**30
     if needed > free:
-        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: use another --run-dir, "
+             "or a smaller --buffer-size or --total-timesteps")
 
 
 def rows_at_risk(args, step: int, more: int = 0) -> int:
-    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come
-    `more` steps late. An episode has one row more than it has steps."""
+    """Rows per environment that a life may still add after its checkpoint at `step` and before the next one,
+    which may come `more` steps late. An episode has one row more than steps."""
     steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
     return 2 * steps // args.num_envs + 1
 
@@ -955,31 +963,18 @@ class Storage:
         self.rows += 1
         self.size = min(self.size + 1, self.capacity)
 
-    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
-        """Row numbers (T,B) and streams (B,) -> fields (T,B,...), and their positions for `write`."""
+    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> dict:
+        """Row numbers (T,B) and streams (B,) -> fields (T,B,...)."""
         index = rows % self.capacity * self.num_envs + envs
-        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}, index
-
-    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
-        """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one
-        wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
-        no defined order, so all that share a position write the value of the last. With a copy on the GPU the
-        files keep what `add` wrote: it is what a resume begins with."""
-        position = index.T.flatten()
-        ordered, order = position.sort(stable=True)
-        last = order[torch.searchsorted(ordered, position, right=True) - 1]
-        for name, value in values.items():
-            field = self.data[name].flatten(0, 1)  # a view: writing to a copy would be lost
-            value = value.transpose(0, 1).flatten(0, 1)[last.to(value.device)]
-            field[position] = value.to(field)
+        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}
 
     def state_dict(self) -> dict:
-        return dict(rows=self.rows)
+        return dict(rows=self.rows, size=self.size)
 
     def load_state_dict(self, state: dict, lost: int) -> None:
         """`lost`: rows that may have been overwritten between the checkpoint and a crash: not used."""
         self.rows = state["rows"]
-        self.size = max(min(self.rows, self.capacity - lost), 0)
+        self.size = max(min(state["size"], self.capacity - lost), 0)
 # ==== end shared ====
 
 
@@ -994,7 +989,7 @@ class Replay(Storage):
         self.prioritize_ends = prioritize_ends
         self.begun = [0] * self.num_envs  # first row of the running episode
         self.episodes = []  # (first row, number of rows, environment), the oldest first
-        self.unusable = 0  # episodes in a row that were too short, or too long for the ring
+        self.unusable = 0  # consecutive episodes that were too short, or too long for the ring
 
     def add(self, row: dict) -> None:
         super().add(row)
@@ -1031,7 +1026,7 @@ class Replay(Storage):
         choices = last + 1 + (length if self.prioritize_ends else 0)
         start = (torch.rand(batch_size, dtype=torch.float64) * choices).long().minimum(last)
         index = first + start + torch.arange(length)[:, None]
-        batch, _ = self.gather(index.to(self.device), env.to(self.device))
+        batch = self.gather(index.to(self.device), env.to(self.device))
         batch["is_first"][0] = True  # memory begins with zeros
         action = batch.pop("action")
         batch["prev_action"] = torch.cat([torch.zeros_like(action[:1]), action[:-1]])
@@ -1063,8 +1058,9 @@ def replay_specs(shapes: dict, action_dim: int) -> dict:
 # ======== 9. evaluate and dream ========
 # ==== shared: evaluation ====
 def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
-    """Statistics of `eval_episodes` whole episodes, equally many in each environment, so that short ones do
-    not prevail. `stop`: not empty once a signal has come; then there is no result."""
+    """Statistics of `eval_episodes` whole episodes (above 16: the next multiple of 16), equally many in each
+    environment, so that short ones do not prevail. `stop`: not empty once a signal has come; then there is
+    no result."""
     num_envs = min(args.eval_episodes, 16)
     per_env = math.ceil(args.eval_episodes / num_envs)
     limit = 108_000 // args.action_repeat  # policy steps, as on Atari: some environments have no end
@@ -1080,7 +1076,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
         for i in np.flatnonzero(row["is_last"]):
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
-        if envs.length.max() >= limit:
+        if (envs.length[~row["is_last"]] >= limit).any():
             say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in np.flatnonzero(~row["is_last"]):
                 returns[i].append(envs.ret[i])
@@ -1207,11 +1203,13 @@ def lock(run: Path):
         import fcntl
     except ImportError:  # not on Windows
         return None
-    file = open(run / "lock", "w")
     try:
+        file = open(run / "lock", "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         fail(f"another process is using {run}")
+    except OSError as error:
+        fail(f"the run directory cannot be written: {error}")
     return file
 
 
@@ -1292,7 +1290,10 @@ def make_run(args: Args, device: torch.device) -> Path:
     """The directory that is resumed, or a new one, with one name on all ranks."""
     now = torch.tensor([time.time_ns() // 1_000_000], device=device)
     run = Path(args.resume or f"{args.run_dir}/{run_name(args)}{int(gather_ranks(now)[0])}")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"the run directory cannot be made: {error}")
     return run
 # ==== end shared ====
 
@@ -1390,11 +1391,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
         found = Path(args.run_dir).glob(f"{run_name(args)}*/checkpoint.pt")
         newest = max(found, key=os.path.getmtime, default=None)
         args.resume = str(newest.parent) if newest else ""
+        if not newest:
+            print(f"nothing to resume: there is no {args.run_dir}/{run_name(args)}*; a new run begins")
     if args.resume:
         saved = Args(**load_checkpoint(Path(args.resume))["args"])
         args = replace(tyro.cli(Args, args=argv, default=saved), resume=args.resume)
         if args.env_id != saved.env_id:
             fail(f"{args.resume} is a run of {saved.env_id}, not of {args.env_id}")
+        if args.preset != saved.preset:
+            fail(f"{args.resume} began with --preset {saved.preset}; change single flags, or begin a new run")
     else:
         args = replace(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[args.preset])), resume="")
     check_args(args)
@@ -1411,15 +1416,26 @@ def check_positive(args: Args, names: str) -> None:
     for name in names.split():
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("seed", "eval_episodes"):
+    for name in ("seed", "eval_episodes", "action_repeat"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+
+
+def check_shares(args: Args, names: str) -> None:
+    """Probabilities, discounts and the like."""
+    for name in names.split():
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
 # ==== end shared ====
 
 
 def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
     check_positive(args, "total_timesteps num_envs batch_size train_every slow_every grad_clip save_every")
+    check_positive(args, "deter hidden stoch classes cnn_depth layers units")
+    check_shares(args, "gamma lam sticky_actions kl_balance rho slow_rate")
+    if args.pretrain < 0:
+        fail("--pretrain must not be negative")
     if args.imag_horizon < 2 or args.batch_length < 2:
         fail("--imag-horizon (H steps give H - 1 actor terms) and --batch-length must be at least 2")
     gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
@@ -1434,7 +1450,8 @@ def start_log(run: Path, args: Args, step: int) -> SummaryWriter:
     """TensorBoard events, without those that a killed life wrote beyond `step`; a copy of the script."""
     writer = SummaryWriter(str(run), purge_step=step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")
-    shutil.copy(__file__, run)
+    if Path(__file__).resolve().parent != run.resolve():  # a run can be resumed with its own copy
+        shutil.copy(__file__, run)
     return writer
 
 
@@ -1511,9 +1528,12 @@ def main(args: Args) -> None:
     # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
     capacity = saved.get("capacity") or min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
     if capacity <= args.batch_length:
-        fail(f"replay of {capacity} rows per environment is not longer than --batch-length: --buffer-size")
+        fail(f"replay of {capacity} rows per environment is not longer than --batch-length: "
+             "raise --buffer-size or --total-timesteps")
+    if not updates and args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} is not below --total-timesteps")
     run = make_run(args, device)
-    held = lock(run) if rank == 0 else None
+    held = lock(run) if rank == 0 else None  # until the process ends
     specs = replay_specs(envs.shapes, envs.action_dim)
     if not saved:
         check_disk(run, specs, min(args.buffer_size, args.total_timesteps))
@@ -1523,7 +1543,7 @@ def main(args: Args) -> None:
     if saved:
         load_weights(agent, saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        replay.load_state_dict(saved["replay"], lost=rows_at_risk(args, step))
+        replay.load_state_dict(saved["replay"], saved["at_risk"])
         if rank == 0:
             restore_rng(saved["rng"])
 
@@ -1540,7 +1560,8 @@ def main(args: Args) -> None:
     def save() -> None:
         save_checkpoint(
             run, args, step=step, updates=updates, trained=trained, life=life, capacity=capacity,
-            agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict())
+            agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict(),
+            at_risk=0 if stopping else rows_at_risk(args, step))
 
     def dream() -> None:
         if replay.episodes:
@@ -1556,6 +1577,8 @@ def main(args: Args) -> None:
     bar = progress_bar(args, step, rank)
     row = envs.reset()
     state = agent.initial(num_envs)
+    if saved and rank == 0:
+        save()  # says how many rows this life puts at risk
     while step < args.total_timesteps and not stopping:
         state = agent.act(row, state) if updates else agent.act_randomly(num_envs)
         state["action"][torch.as_tensor(row["is_last"])] = 0  # no action follows an episode's end
@@ -1569,9 +1592,10 @@ def main(args: Args) -> None:
         row = envs.step(state["action"].cpu().numpy())
 
         if step >= args.learning_starts and ready == ranks:
-            due_updates = (step - trained) // args.train_every
-            trained += due_updates * args.train_every
-            if not updates:
+            if updates:
+                due_updates = (step - trained) // args.train_every
+                trained += due_updates * args.train_every
+            else:
                 due_updates = 1 + args.pretrain
                 trained = step
             for _ in range(due_updates):
@@ -1595,7 +1619,7 @@ def main(args: Args) -> None:
             log_metrics(writer, values, step)
         if due(args.save_every):
             save()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training does not notice
             if due(args.video_every):
                 dream()
             if due(args.eval_every) and args.eval_episodes:

@@ -6,13 +6,13 @@ Code   checked against danijar/dreamerv3 at e3f0224: same parameter counts, same
     python dreamer_v3.py --env-id ALE/Pong-v5
     python dreamer_v3.py --env-id CartPole-v1 --train-ratio 512
     python dreamer_v3.py --preset tiny       # everything once, two minutes on a CPU
-    python dreamer_v3.py --resume auto       # go on after Ctrl-C, a crash or a requeue
+    python dreamer_v3.py --resume auto       # go on with the newest run of this environment, name and seed
 
 How the pieces fit (T time, B batch, H imagination, N = T*B dreams; time is always axis 0):
 
-    obs_t --Encoder--> tokens_t --.
     h_{t-1}, z_{t-1}, a_{t-1} --RSSM.core--> h_t --prior--> p(z_t | h_t)
-                                  '-----------+--posterior--> q(z_t | h_t, tokens_t)
+                                              |
+    obs_t --Encoder--> tokens_t --------------+--posterior--> q(z_t | h_t, tokens_t)
     s_t = [h_t, z_t] --> Decoder, reward head, continue head          (WorldModel.loss)
     s_0 -a_0-> s_1 -a_1-> ... s_H  imagined with the prior            (Behaviour.imagine, .loss)
 
@@ -31,9 +31,11 @@ What changes from DreamerV2: symlog inputs and two-hot heads; a uniform share in
 and two KL weights instead of balancing; a block-diagonal GRU and RMSNorm; the discount in the continue head's
 target; percentile-scaled returns; a critic that also learns from replay; one optimiser (LaProp, adaptive
 clipping) for one joint loss; latents kept in replay.
-Differences from the official code: 1 % uniform share in the policy (as in the paper); a time limit is not
-terminal; rows of resets are no policy steps; the policy acts on the newest weights and latents go back to
-replay at once; size12m (GPU) or size1m (CPU) by default instead of size200m.
+Differences from the official code: 1 % uniform share in the policy (as in the paper); on Atari a time limit
+is not terminal; rows of resets count for the train ratio, but are no policy steps; the policy acts on the
+newest weights and latents go back to replay at once; under bf16 the last layers of reward, continue and
+critic run in fp32; Discrete observations are one-hot vectors with a squared error, not a categorical loss;
+Atari images and actions are those of the 100k protocol; size12m (CUDA) or size1m instead of size200m.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -105,12 +107,12 @@ class Args:
     sticky_actions: float = 0.0  # Atari: probability that a frame repeats the last action (200M: 0.25)
     pixels: bool = False  # learn from the rendered image instead of the environment's own observation
     # replay and schedule
-    buffer_size: int = 5_000_000  # replay rows (official); an episode takes one more than it has steps
+    buffer_size: int = 5_000_000  # replay rows (official), at most twice the steps; fixed when a run begins
     batch_size: int = 16  # sequences per update, B (official)
     batch_length: int = 64  # steps per sequence, T (official)
-    train_ratio: float = 256.0  # replayed steps per policy step (official; paper: 128)
+    train_ratio: float = 256.0  # replayed steps per new one (official; DMC vectors 1024, Atari 200M 32)
     # world model
-    size: Literal[("auto", *SIZES)] = "auto"  # auto: size12m on a GPU, size1m on a CPU (official: size200m)
+    size: Literal[("auto", *SIZES)] = "auto"  # auto: size12m on CUDA, else size1m (official: size200m)
     free_nats: float = 1.0  # KL below which nothing is trained, nats per step (official)
     beta_dyn: float = 1.0  # weight of the prior's KL (official)
     beta_rep: float = 0.1  # weight of the posterior's KL (official)
@@ -182,7 +184,7 @@ def unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:
 
 
 def log_unimix(logits: torch.Tensor, mix: float) -> torch.Tensor:
-    """Their logarithms. Without a uniform share a probability can be 0, so log_softmax."""
+    """Log-probabilities (...,K) of the same. Without a uniform share one can be log 0, so log_softmax."""
     return unimix(logits, mix).log() if mix else float32(logits).log_softmax(-1)
 
 
@@ -224,7 +226,7 @@ def kl_losses(post_logits: torch.Tensor, prior_logits: torch.Tensor, mix: float,
 
 def lambda_return(reward, value, live, lam) -> torch.Tensor:
     """R_k = r_{k+1} + live_{k+1} ((1-lam_{k+1}) v_{k+1} + lam_{k+1} R_{k+1}), R_H = v_H.
-    Eq. 7 (arXiv:2301.04104v2). Inputs (H+1,...), result (H,...). `live` contains the discount."""
+    Critic learning (arXiv:2301.04104v2). Inputs (H+1,...), result (H,...). `live` contains the discount."""
     ret = value[-1]
     rets = []
     for t in reversed(range(1, len(value))):
@@ -237,7 +239,7 @@ def lambda_return(reward, value, live, lam) -> torch.Tensor:
 def init(layer: nn.Module, scale: float = 1.0, fan_in: int | None = None) -> nn.Module:
     """Bias 0, weight normal truncated at 2 sigma with std scale/sqrt(fan_in)."""
     sigma = 1.1368 / math.sqrt(fan_in or layer.weight[0].numel())
-    nn.init.trunc_normal_(layer.weight, 0.0, sigma, -2 * sigma, 2 * sigma)  # trap: bounds are no multiples
+    nn.init.trunc_normal_(layer.weight, 0.0, sigma, -2 * sigma, 2 * sigma)  # trap: bounds are values
     layer.weight.data *= scale
     nn.init.zeros_(layer.bias)
     return layer
@@ -267,7 +269,7 @@ class NormSiLU(nn.RMSNorm):
 
 
 class Float32Linear(nn.Linear):
-    """Runs in float32 under autocast. Trap: in bf16 values near 200 have three different numbers."""
+    """Runs in float32 under autocast. Trap: bf16 numbers near 200 are 1 apart, too coarse for advantages."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -296,7 +298,8 @@ def conv5(inputs: int, outputs: int) -> nn.Conv2d:
 
 def upsample_convolve(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
     """Nearest upsampling x2, then 5x5 convolution: `conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))`.
-    At low resolution, in 60 % of the time: each of the four output phases sees 3x3 of a summed 6x6 kernel."""
+    Computed at the low resolution in 60 % of the time: each of the four output phases sees 3x3 of a summed
+    6x6 kernel."""
     kernel = 4 * F.avg_pool2d(conv.weight, 2, stride=1, padding=1)  # (out,in,6,6)
     phases = [kernel[:, :, y::2, x::2] for y in (1, 0) for x in (1, 0)]
     weight = torch.stack(phases, 1).flatten(0, 1)  # (4*out,in,3,3)
@@ -448,7 +451,7 @@ class WorldModel(nn.Module):
 
     def predict_cont(self, feat: torch.Tensor) -> torch.Tensor:
         """gamma * p(the episode goes on): the discount is in the head's target."""
-        return float32(self.cont(feat)[..., 0]).sigmoid()
+        return self.cont(feat)[..., 0].sigmoid()
 
     def loss(self, rows: dict, context: dict) -> tuple[dict, dict, dict]:
         """Replay rows (T,B,...) and what `observe` needs besides -> losses (T,B), posterior, metrics."""
@@ -464,7 +467,7 @@ class WorldModel(nn.Module):
         losses["reward"] = twohot_loss(self.reward(feat), rows["reward"], self.bins)
         # the discount is part of this soft target: a dream needs no other
         cont = ~rows["is_terminal"] * self.args.gamma
-        cont_logit = float32(self.cont(feat)[..., 0])
+        cont_logit = self.cont(feat)[..., 0]
         losses["cont"] = F.binary_cross_entropy_with_logits(cont_logit, cont.to(cont_logit), reduction="none")
         with torch.no_grad():
             metrics = {
@@ -507,7 +510,7 @@ class Behaviour(nn.Module):
         policy = self.policy(feat)
         if self.discrete:
             return sample_onehot(policy.exp(), torch.empty_like(policy).exponential_())
-        return policy.mean + policy.stddev * torch.randn_like(policy.mean)  # trap: sample() asks the host
+        return policy.mean + policy.stddev * torch.randn_like(policy.mean)  # trap: sample() reads on the host
 
     @torch.no_grad()  # REINFORCE needs no gradient through the dream
     def imagine(self, rssm: RSSM, deter: torch.Tensor, stoch: torch.Tensor) -> tuple:
@@ -523,7 +526,8 @@ class Behaviour(nn.Module):
 
     @torch.no_grad()
     def return_scale(self, ret: torch.Tensor) -> torch.Tensor:
-        """max(1, S), S = EMA(Per95 - Per5, 0.99). Eq. 8 (arXiv:2301.04104v2). From 0, no bias correction."""
+        """max(1, S), S = EMA(Per95 - Per5, 0.99). Actor learning (arXiv:2301.04104v2). From 0, no bias
+        correction."""
         batch = gather_ranks(ret.flatten())  # percentiles over all dreams and steps at once
         low = batch.quantile(0.05)
         high = batch.quantile(0.95)
@@ -548,7 +552,7 @@ class Behaviour(nn.Module):
         return -weight * (log_prob * advantage + self.args.ent_coef * bonus), bonus
 
     def imagination_losses(self, world: WorldModel, start: dict) -> tuple[dict, torch.Tensor, dict]:
-        """Actor and critic losses (H,N), returns (H,N) of dreams from every posterior state. Eq. 5 to 7."""
+        """Actor and critic losses (H,N), returns (H,N) of dreams from every posterior state."""
         feat, action = self.imagine(world.rssm, start["deter"], start["stoch"])
         with torch.no_grad():  # the behaviour must not bend the world model
             reward, cont = world.predict_reward(feat), world.predict_cont(feat)
@@ -583,7 +587,7 @@ class Behaviour(nn.Module):
 
     def loss(self, world: WorldModel, post: dict, rows: dict) -> tuple[dict, dict]:
         """Posterior of T x B rows -> actor, critic and replay losses, metrics."""
-        # stop-gradient: where a dream starts is not the behaviour's to choose (imagine runs without gradient)
+        # no gradient flows back into the start states: imagine runs without
         start = {k: v.flatten(0, 1) for k, v in post.items()}
         losses, ret, metrics = self.imagination_losses(world, start)
         boot = ret[0].unflatten(0, rows["reward"].shape)
@@ -681,7 +685,8 @@ class Agent(nn.Module):
         return dict(deter=float32(deter[0]), stoch=float32(stoch[0]), action=action)
 
     def loss(self, batch: dict) -> tuple[torch.Tensor, dict, dict]:
-        """Replay rows (T+1,B,...) -> scalar loss, posterior for replay, metrics. Eq. 2."""
+        """Replay rows (T+1,B,...) -> scalar loss, posterior for replay, metrics. Eq. 2, and the losses of
+        the behaviour."""
         rows = {k: v[1:] for k, v in batch.items()}
         context = dict(
             prev_action=batch["action"][:-1], is_first=rows["is_first"],
@@ -737,7 +742,8 @@ def find_spec(env_id: str) -> gymnasium.envs.registration.EnvSpec:
             importlib.import_module(module)
         spec = gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
-        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}")  # such as: did you mean ...
+        hint = ' (pip install "shimmy[dm-control]" "mujoco<4")' if module == "shimmy" else ""
+        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}{hint}")  # such as: did you mean ...
     if str(spec.entry_point).startswith("ale_py") and not name.startswith("ALE/"):
         game = "".join(word.capitalize() for word in spec.kwargs["game"].split("_"))
         fail(f"--env-id {env_id} is another protocol (frame skip, sticky actions); use ALE/{game}-v5")
@@ -751,7 +757,7 @@ class Envs:
     `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
 
     def __init__(self, args, num_envs: int, seeds: np.ndarray, size: int, pixels: bool = False, **atari):
-        """`size`: side of the image. `pixels`: see the rendered one. `atari`: options of ale-py's own."""
+        """`size`: side of the image. `pixels`: see the rendered one. `atari`: other options for ale-py."""
         spec = find_spec(args.env_id)
         self.num_envs = num_envs
         self.seeds = seeds
@@ -964,12 +970,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
     needed = rows * row_bytes(specs) / 2**30
     free = shutil.disk_usage(run).free / 2**30
     if needed > free:
-        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: use another --run-dir, "
+             "or a smaller --buffer-size or --total-timesteps")
 
 
 def rows_at_risk(args, step: int, more: int = 0) -> int:
-    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come
-    `more` steps late. An episode has one row more than it has steps."""
+    """Rows per environment that a life may still add after its checkpoint at `step` and before the next one,
+    which may come `more` steps late. An episode has one row more than steps."""
     steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
     return 2 * steps // args.num_envs + 1
 
@@ -1010,34 +1017,22 @@ class Storage:
         self.rows += 1
         self.size = min(self.size + 1, self.capacity)
 
-    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
-        """Row numbers (T,B) and streams (B,) -> fields (T,B,...), and their positions for `write`."""
+    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> dict:
+        """Row numbers (T,B) and streams (B,) -> fields (T,B,...)."""
         index = rows % self.capacity * self.num_envs + envs
-        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}, index
-
-    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
-        """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one
-        wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
-        no defined order, so all that share a position write the value of the last. With a copy on the GPU the
-        files keep what `add` wrote: it is what a resume begins with."""
-        position = index.T.flatten()
-        ordered, order = position.sort(stable=True)
-        last = order[torch.searchsorted(ordered, position, right=True) - 1]
-        for name, value in values.items():
-            field = self.data[name].flatten(0, 1)  # a view: writing to a copy would be lost
-            value = value.transpose(0, 1).flatten(0, 1)[last.to(value.device)]
-            field[position] = value.to(field)
+        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}
 
     def state_dict(self) -> dict:
-        return dict(rows=self.rows)
+        return dict(rows=self.rows, size=self.size)
 
     def load_state_dict(self, state: dict, lost: int) -> None:
         """`lost`: rows that may have been overwritten between the checkpoint and a crash: not used."""
         self.rows = state["rows"]
-        self.size = max(min(self.rows, self.capacity - lost), 0)
+        self.size = max(min(state["size"], self.capacity - lost), 0)
 # ==== end shared ====
 
 
+# ==== shared: replay of sequences ====
 class Replay(Storage):
     """Uniform sequences that may cross episode borders. Online queue: once a stream has `length` new rows,
     they are handed out once, before the uniform samples. Source: `Replay`, `selectors.Uniform`."""
@@ -1060,11 +1055,25 @@ class Replay(Storage):
                     start[b] = first
                     env[b] = stream
 
-        batch, index = self.gather(start + torch.arange(length, device=self.device)[:, None], env)
+        rows = start + torch.arange(length, device=self.device)[:, None]
+        batch = self.gather(rows, env)
         batch["is_first"][0] = True  # a sequence begins as an episode does (official)
         # an episode that a resume cut off ends (official)
         batch["is_last"][:-1] |= batch["is_first"][1:]
-        return batch, index
+        return batch, rows % self.capacity * self.num_envs + env
+
+    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
+        """Overwrite fields at positions (T,B) that `sample` returned. Where sequences overlap the last one
+        wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
+        no defined order, so all that share a position write the value of the last. With a copy on the GPU the
+        files keep what `add` wrote: it is what a resume begins with."""
+        position = index.T.flatten()
+        ordered, order = position.sort(stable=True)
+        last = order[torch.searchsorted(ordered, position, right=True) - 1]
+        for name, value in values.items():
+            field = self.data[name].flatten(0, 1)  # a view: writing to a copy would be lost
+            value = value.transpose(0, 1).flatten(0, 1)[last.to(value.device)]
+            field[position] = value.to(field)
 
     def state_dict(self) -> dict:
         return dict(super().state_dict(), queued=self.queued)
@@ -1072,6 +1081,7 @@ class Replay(Storage):
     def load_state_dict(self, state: dict, lost: int) -> None:
         super().load_state_dict(state, lost)
         self.queued = state["queued"]
+# ==== end shared ====
 
 
 def replay_specs(shapes: dict, action_dim: int, rssm: RSSM) -> dict:
@@ -1094,8 +1104,9 @@ def replay_specs(shapes: dict, action_dim: int, rssm: RSSM) -> dict:
 # ======== 9. evaluate and dream ========
 # ==== shared: evaluation ====
 def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
-    """Statistics of `eval_episodes` whole episodes, equally many in each environment, so that short ones do
-    not prevail. `stop`: not empty once a signal has come; then there is no result."""
+    """Statistics of `eval_episodes` whole episodes (above 16: the next multiple of 16), equally many in each
+    environment, so that short ones do not prevail. `stop`: not empty once a signal has come; then there is
+    no result."""
     num_envs = min(args.eval_episodes, 16)
     per_env = math.ceil(args.eval_episodes / num_envs)
     limit = 108_000 // args.action_repeat  # policy steps, as on Atari: some environments have no end
@@ -1111,7 +1122,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
         for i in np.flatnonzero(row["is_last"]):
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
-        if envs.length.max() >= limit:
+        if (envs.length[~row["is_last"]] >= limit).any():
             say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in np.flatnonzero(~row["is_last"]):
                 returns[i].append(envs.ret[i])
@@ -1238,11 +1249,13 @@ def lock(run: Path):
         import fcntl
     except ImportError:  # not on Windows
         return None
-    file = open(run / "lock", "w")
     try:
+        file = open(run / "lock", "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         fail(f"another process is using {run}")
+    except OSError as error:
+        fail(f"the run directory cannot be written: {error}")
     return file
 
 
@@ -1323,7 +1336,10 @@ def make_run(args: Args, device: torch.device) -> Path:
     """The directory that is resumed, or a new one, with one name on all ranks."""
     now = torch.tensor([time.time_ns() // 1_000_000], device=device)
     run = Path(args.resume or f"{args.run_dir}/{run_name(args)}{int(gather_ranks(now)[0])}")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"the run directory cannot be made: {error}")
     return run
 # ==== end shared ====
 
@@ -1421,11 +1437,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
         found = Path(args.run_dir).glob(f"{run_name(args)}*/checkpoint.pt")
         newest = max(found, key=os.path.getmtime, default=None)
         args.resume = str(newest.parent) if newest else ""
+        if not newest:
+            print(f"nothing to resume: there is no {args.run_dir}/{run_name(args)}*; a new run begins")
     if args.resume:
         saved = Args(**load_checkpoint(Path(args.resume))["args"])
         args = replace(tyro.cli(Args, args=argv, default=saved), resume=args.resume)
         if args.env_id != saved.env_id:
             fail(f"{args.resume} is a run of {saved.env_id}, not of {args.env_id}")
+        if args.preset != saved.preset:
+            fail(f"{args.resume} began with --preset {saved.preset}; change single flags, or begin a new run")
     else:
         args = replace(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[args.preset])), resume="")
     check_args(args)
@@ -1442,9 +1462,16 @@ def check_positive(args: Args, names: str) -> None:
     for name in names.split():
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("seed", "eval_episodes"):
+    for name in ("seed", "eval_episodes", "action_repeat"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+
+
+def check_shares(args: Args, names: str) -> None:
+    """Probabilities, discounts and the like."""
+    for name in names.split():
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
 # ==== end shared ====
 
 
@@ -1452,6 +1479,7 @@ def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
     check_positive(
         args, "total_timesteps num_envs image_size batch_size train_ratio imag_horizon warmup agc save_every")
+    check_shares(args, "gamma lam sticky_actions unimix actor_unimix slow_rate")
     if args.image_size % 16:
         fail("--image-size must be a multiple of 16")
     if args.batch_length < 2:
@@ -1470,7 +1498,8 @@ def start_log(run: Path, args: Args, step: int) -> SummaryWriter:
     """TensorBoard events, without those that a killed life wrote beyond `step`; a copy of the script."""
     writer = SummaryWriter(str(run), purge_step=step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")
-    shutil.copy(__file__, run)
+    if Path(__file__).resolve().parent != run.resolve():  # a run can be resumed with its own copy
+        shutil.copy(__file__, run)
     return writer
 
 
@@ -1548,9 +1577,10 @@ def main(args: Args) -> None:
     # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
     capacity = saved.get("capacity") or min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
     if capacity < length:
-        fail(f"replay of {capacity} rows per environment is shorter than --batch-length + 1: --buffer-size")
+        fail(f"replay of {capacity} rows per environment is shorter than --batch-length + 1: "
+             "raise --buffer-size or --total-timesteps")
     run = make_run(args, device)
-    held = lock(run) if rank == 0 else None
+    held = lock(run) if rank == 0 else None  # until the process ends
     specs = replay_specs(envs.shapes, envs.action_dim, agent.world.rssm)
     if not saved:
         check_disk(run, specs, min(args.buffer_size, args.total_timesteps))
@@ -1558,7 +1588,7 @@ def main(args: Args) -> None:
     if saved:
         load_weights(agent, saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        replay.load_state_dict(saved["replay"], lost=rows_at_risk(args, step))
+        replay.load_state_dict(saved["replay"], saved["at_risk"])
         if rank == 0:
             restore_rng(saved["rng"])
 
@@ -1578,7 +1608,8 @@ def main(args: Args) -> None:
     def save() -> None:
         save_checkpoint(
             run, args, step=step, updates=updates, debt=debt, life=life, capacity=capacity,
-            agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict())
+            agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict(),
+            at_risk=0 if stopping else rows_at_risk(args, step))
 
     def dream() -> None:
         if "image" in replay.data and replay.size > length:
@@ -1594,6 +1625,8 @@ def main(args: Args) -> None:
     bar = progress_bar(args, step, rank)
     row = envs.reset()
     state = agent.initial(num_envs)
+    if saved and rank == 0:
+        save()  # says how many rows this life puts at risk
     while step < args.total_timesteps and not stopping:
         state = agent.act(row, state)
         state["action"][torch.as_tensor(row["is_last"])] = 0  # no action follows an episode's end
@@ -1608,7 +1641,7 @@ def main(args: Args) -> None:
         if (replay.size - args.batch_length) * args.num_envs >= starts:
             # one update at first: the rows before it are not made up for (official)
             debt += args.num_envs * ratio if updates else 1
-            while debt >= 1:
+            while debt >= 1 and not (stop and ranks == 1):  # updates that are due can take a minute
                 metrics = train_step(agent, optimizer, replay, batch_size)
                 updates += 1
                 debt -= 1
@@ -1628,7 +1661,7 @@ def main(args: Args) -> None:
             log_metrics(writer, values, step)
         if due(args.save_every):
             save()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training does not notice
             if due(args.video_every):
                 dream()
             if due(args.eval_every) and args.eval_episodes:

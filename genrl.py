@@ -15,8 +15,8 @@ How the pieces fit (T time, B batch, H imagination, N dreams; time is always axi
     obs_t --Encoder--> tokens_t --posterior--> q(s_t | x_t)   sees the image only
     h_{t-1}, s_{t-1}, a_t --RSSM.core--> h_t --prior--> p(s_t | h_t)
     s_t --> Decoder p(x_t | s_t)          sees the sample only: s_t alone says what an image shows
-    s_{t-1}, e_t --Connector--> p(s_t | s_{t-1}, e)           the same s, from an embedding
-    text --VLM--> e --Aligner--> about where videos are --Connector--> target s_1 .. s_H
+    s_{t-1}, e_t, own h --Connector--> p(s_t | s_{t-1}, e)    the same s, from an embedding
+    text --VLM--> e --Aligner--> e as of a video --Connector--> target s_0 .. s_H
     reward of a dream: how much its s_t resemble the target's     (similarity, align_target)
 
 Which obs, action, reward and embedding share an index. A replay row t holds
@@ -24,17 +24,18 @@ Which obs, action, reward and embedding share an index. A replay row t holds
     prev_action_t -> obs_t  reward_t  is_first_t  is_last_t  is_terminal_t  vl_embed_t = VLM(obs_{t-7..t})
 
 A training sequence is T rows of one episode; it starts with h = s = 0. Its clip i is rows 8i .. 8i+7, and
-vl_embed_{8i+7} stands for all of them. In a dream R_t = r_t + gamma ((1-lam) v_{t+1} + lam R_{t+1}).
+vl_embed_{8i+7} stands for all of them. In a dream V_t = r_t + gamma ((1-lam) v_{t+1} + lam V_{t+1}).
 
-Names: deter h, stoch s, feat = [h, s], post_logits q, prior_logits p, vl_embed e, target what the prompt asks
-for. Axes: T time, B batch, H imagination, N dreams, S groups of K classes, D width of h, E of e, A action.
+Names: deter h, stoch s, feat = [h, s], post_logits q, prior_logits p, vl_embed e, ret V, target what the
+prompt asks for. Axes: T time, B batch, H imagination, N dreams, S groups of K classes, D width of h, E of e.
 
 What changes from DreamerV3: posterior and decoder without h; no continue head, and the reward head is only
 logged; the dream's reward comes from the prompt; gradients through the dream for continuous actions.
-Differences from the official code: the connector has no 8 dead inputs; Plan2Explore uses this world model
-and keeps it; starts are uniform over all rows; a running episode is replayed too; rows before the first whole
-clip are never a label; bfloat16 instead of float16; CLIP instead of InternVideo2 by default (untested in the
-paper: it sees single frames); discrete actions by Reinforce; feat is [h, s] instead of [s, h].
+Differences from the official code: the connector has no 8 dead inputs; Plan2Explore has this file's networks,
+batch and return scale, not DreamerV2's, and its world model is kept; starts are uniform over all rows; a
+running episode is replayed too; rows before the first whole clip are never a label; bfloat16, not float16;
+CLIP instead of InternVideo2 by default (untested in the paper: it sees single frames); discrete actions by
+Reinforce, whose advantage is detached; feat is [h, s], not [s, h].
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -94,10 +95,10 @@ class Args:
     exp_name: str = "genrl"  # second part of the run directory's name
     env_id: str = "ALE/Pong-v5"  # any Gymnasium id, also module:Env-v0; what is no image is rendered
     seed: int = 1  # of weights, environments and sampling
-    preset: Literal["default", "tiny", "paper"] = "default"  # official networks in all but tiny
+    preset: Literal["default", "tiny", "paper"] = "default"  # tiny: small, two minutes on a CPU
     total_timesteps: int = 10_000  # policy steps of collection (paper: datasets of 2 to 4 million)
-    pretrain_updates: int = 5_000  # of world model and connector (official: 500_000); 0: skip
-    policy_updates: int = 2_000  # of actor and critic (official: 50_000); 0: skip
+    pretrain_updates: int = 5_000  # updates of world model and connector (official: 500_000); 0: skip
+    policy_updates: int = 2_000  # updates of actor and critic (official: 50_000); 0: skip
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA (official: fp16)
     compile: Literal["auto", "on", "off"] = "auto"  # auto: CUDA graphs of updates; on: torch.compile too
@@ -106,22 +107,22 @@ class Args:
     save_every: int = 2_000  # steps of a phase between checkpoints
     eval_every: int = 0  # policy updates between evaluations (official: 5_000); 0: only one at the end
     eval_episodes: int = 10  # episodes per evaluation (official); 0: none
-    video_every: int = 1_000  # updates between GIFs; 0: only at the end of a phase
+    video_every: int = 1_000  # updates between GIFs; 0: only at the ends of phases
     log_every: int = 100  # steps of a phase between metric logs
     # environment
-    num_envs: int = 1  # parallel environments (official)
+    num_envs: int = 1  # parallel environments (official: 1)
     action_repeat: int = 0  # environment steps per policy step; 0: Atari 4, dm_control 2 (official), else 1
     sticky_actions: float = 0.25  # Atari: probability that a frame repeats the last action
     # data
     data_dir: str = ""  # folder of episode files in the official format; replaces collection
-    write_episodes: bool = False  # write the replay as such files to episodes/ in the run directory
+    write_episodes: bool = False  # write the replay as such files to episodes0/ in the run directory
     buffer_size: int = 20_000_000  # replay rows (official)
-    collect_policy: Literal["plan2explore", "random"] = "plan2explore"
+    collect_policy: Literal["plan2explore", "random"] = "plan2explore"  # who acts, after --learning-starts
     learning_starts: int = 2_500  # random policy steps before Plan2Explore begins (official: 2_000)
     train_every: int = 5  # policy steps per update during collection (official)
     # prompt
-    vlm: str = "clip-ViT-B-32"  # sentence-transformers model, FILE.py:FACTORY, or random (meaningless)
-    prompt: str = ""  # text, or a file in PROMPT_FILES; empty: the environment's, from PROMPTS
+    vlm: str = "clip-ViT-B-32"  # sentence-transformers model, FILE.py:FACTORY, or random: no meaning
+    prompt: str = ""  # text, or a .png .jpg .webp .gif .npy file; empty: the environment's own
     # world model
     batch_size: int = 48  # sequences per update, B (official)
     batch_length: int = 48  # steps per sequence, T, whole clips of 8 (official)
@@ -144,20 +145,20 @@ class Args:
     imag_horizon: int = 16  # imagined steps, H (official)
     reward_fn: Literal[  # how much a dream resembles the target (official: max_cosine; paper: cosine)
         "max_cosine", "cosine", "neg_kl", "neg_mse", "exp_neg_mse", "max_like", "combo"] = "max_cosine"
-    align: Literal["sequence", "initial", "none"] = "sequence"  # where in a dream a target begins (official)
-    data_free: bool = False  # start dreams from random latents instead of data
+    align: Literal["sequence", "initial", "none"] = "sequence"  # where a target begins (official: sequence)
+    data_free: bool = False  # start the policy's dreams from latents made without data
     gamma: float = 0.99  # discount (official)
     lam: float = 0.95  # lambda of the returns (official)
     ent_coef: float = -1.0  # entropy bonus; -1: 0 for continuous actions (official), 3e-4 for discrete ones
     slow_every: int = 100  # updates between copies of the critic to the slow critic (official)
     # optimiser
-    model_lr: float = 1e-4  # (official)
-    model_eps: float = 1e-8  # Adam's epsilon (official)
-    model_clip: float = 1000.0  # gradient norm allowed (official)
-    actor_lr: float = 3e-5  # (official)
-    critic_lr: float = 3e-5  # (official)
-    ac_eps: float = 1e-5  # Adam's epsilon (official)
-    ac_clip: float = 100.0  # gradient norm allowed (official)
+    model_lr: float = 1e-4  # learning rate of world model and connector (official)
+    model_eps: float = 1e-8  # epsilon of their Adam (official)
+    model_clip: float = 1000.0  # largest gradient norm of the world model (official)
+    actor_lr: float = 3e-5  # learning rate of the actors (official)
+    critic_lr: float = 3e-5  # learning rate of the critics (official)
+    ac_eps: float = 1e-5  # epsilon of their Adam (official)
+    ac_clip: float = 100.0  # largest gradient norm of actor and critic (official)
     weight_decay: float = 1e-6  # share of every weight that an update takes away (official)
 
 
@@ -349,7 +350,7 @@ def align_target(kind: str, mode: str, agent: dict, target: dict) -> torch.Tenso
 
 # ======== 3. networks ========
 class Float32Linear(nn.Linear):
-    """Runs in float32 under autocast. Trap: in bf16 values near 200 have three different numbers."""
+    """Runs in float32 under autocast. Trap: bf16 numbers near 200 are 1 apart, too coarse for advantages."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -391,7 +392,7 @@ def deconvolve_pixel(x: torch.Tensor, conv: nn.ConvTranspose2d) -> torch.Tensor:
 
 
 class Encoder(nn.Module):
-    """Images (T,B,64,64,C) -> tokens (T,B,E), E = 32 * depth, by 4 x [4x4 conv, stride 2, norm, SiLU]."""
+    """Images (T,B,64,64,C) -> tokens (T,B,U), U = 32 * depth, by 4 x [4x4 conv, stride 2, norm, SiLU]."""
 
     def __init__(self, channels: int, depth: int):
         super().__init__()
@@ -481,7 +482,7 @@ class RSSM(Dynamics):
         self.posterior = mlp(tokens, hidden, 1, stoch * classes)
 
     def observe(self, tokens, prev_action, is_first, deter, stoch) -> tuple:
-        """Posterior of a sequence: tokens (T,B,E), prev_action (T,B,A), is_first (T,B), h (B,D), s (B,S*K)
+        """Posterior of a sequence: tokens (T,B,U), prev_action (T,B,A), is_first (T,B), h (B,D), s (B,S*K)
         -> h (T,B,D), s (T,B,S*K), logits (T,B,S,K). With T = 1 it is the policy's step."""
         deter, stoch = deter.to(tokens.dtype), stoch.to(tokens.dtype)
         keep = (~is_first).to(tokens.dtype)[..., None]
@@ -587,7 +588,7 @@ class Aligner(nn.Module):
 
 class Connector(Dynamics):
     """p(s_t | s_{t-1}, e): embeddings of the VLM -> sequences of the world model's latents, and the aligner.
-    Source: `VideoSSM`."""
+    It has an h of its own, which begins as init_net(e). Source: `VideoSSM`."""
 
     def __init__(self, embed: int, args: Args):
         super().__init__(args.hidden, args.hidden, args.stoch, args.classes, embed, args.unimix)
@@ -606,7 +607,8 @@ class Connector(Dynamics):
 
     def predict(self, vl_embed: torch.Tensor, stoch: torch.Tensor) -> torch.Tensor:
         """Prior logits (T,B,S,K) of p(s_t | s_{t-1}, e_t), given e (T,B,E) and the posterior's s (T,B,S*K).
-        Trap: fed with its own samples it would learn to copy them. h goes on from clip to clip."""
+        Trap: s is the posterior's; trained on its own samples the connector collapses. h goes on from clip to
+        clip."""
         inputs = self.scale(vl_embed)
         deter, first = self.initial(inputs[0])
         previous = torch.cat([first[None].to(stoch), stoch[:-1]])
@@ -709,47 +711,47 @@ class Behaviour(nn.Module):
         states = dict(deter=torch.stack(deters), stoch=torch.stack(stochs), logits=torch.stack(logits))
         return states, torch.stack(actions)
 
-    def target(self, feat: torch.Tensor, reward: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def returns(self, feat: torch.Tensor, reward: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """V_t (H,N) and slow values (H+1,N) of a dream feat (H+1,N,F) with reward (H+1,N).
 
             states     s_0 -a_0-> s_1 -a_1-> s_2 -a_2-> s_3      H = 3
-            targets    V_0        V_1        V_2        (V_3 = v_3 only bootstraps)
+            returns    V_0        V_1        V_2        (V_3 = v_3 only bootstraps)
             critic     v_0 - V_0  v_1 - V_1  v_2 - V_2
             actor      a_0: V_1   a_1: V_2
-        V_t contains r_t, which came before a_t: the first target that a_t can change is V_{t+1}.
+        V_t contains r_t, which came before a_t: the first return that a_t can change is V_{t+1}.
         There is no end of an episode in a dream."""
         slow_value = twohot_mean(self.slow_critic(feat), self.bins)
         cont = torch.full_like(slow_value, self.args.gamma)
         return lambda_return(reward, slow_value, cont, self.args.lam), slow_value
 
     @torch.no_grad()  # a unit of measurement
-    def return_scale(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per5 and max(1, Per95 - Per5) of the targets, EMA 0.99 that starts at 0."""
-        target = gather_ranks(target.flatten())
-        percentiles = torch.stack([target.quantile(0.05), target.quantile(0.95)])
+    def return_scale(self, ret: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per5 and max(1, Per95 - Per5) of the returns, EMA 0.99 that starts at 0."""
+        ret = gather_ranks(ret.flatten())
+        percentiles = torch.stack([ret.quantile(0.05), ret.quantile(0.95)])
         self.percentiles.lerp_(percentiles, 0.01)
         low, high = self.percentiles
         return low, (high - low).clamp(min=1)
 
-    def actor_loss(self, feat, action, target, slow_value) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> loss, entropy (H-1,N). For t = 0..H-2, with target and value in units of the return scale:
+    def actor_loss(self, feat, action, ret, slow_value) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> loss, entropy (H-1,N). For t = 0..H-2, with return and value in units of the return scale:
         continuous -V_{t+1}, through the dream; discrete -ln pi(a_t | s_t) sg(V_{t+1} - v_{t+1}).
         Trap: the baseline is the value of the state that a_t leads to (official)."""
         policy = self.policy(feat[:-2].detach())
-        low, scale = self.return_scale(target)
+        low, scale = self.return_scale(ret)
         if self.discrete:
             log_prob = (policy * action[:-1].detach()).sum(-1)
-            advantage = (target[1:] - slow_value[1:-1]).detach() / scale
+            advantage = (ret[1:] - slow_value[1:-1]).detach() / scale
             objective = log_prob * advantage
             bonus = entropy(policy)
         else:
-            objective = (target[1:] - low) / scale
+            objective = (ret[1:] - low) / scale
             bonus = policy.entropy().sum(-1)
         return -(objective + self.ent_coef * bonus).mean(), bonus
 
-    def critic_loss(self, feat, target) -> torch.Tensor:
+    def critic_loss(self, feat, ret) -> torch.Tensor:
         """Two-hot regression of v_t on sg(V_t), t = 0..H-1. Stop-gradient: it must not move the dream."""
-        return twohot_loss(self.critic(feat[:-1].detach()), target.detach(), self.bins).mean()
+        return twohot_loss(self.critic(feat[:-1].detach()), ret.detach(), self.bins).mean()
 
     def loss(self, world: WorldModel, start: dict, reward_fn) -> tuple[dict, dict]:
         """Start states (N,...) -> actor and critic loss of dreams, metrics.
@@ -758,13 +760,13 @@ class Behaviour(nn.Module):
             states, action = self.imagine(world.rssm, start)
             feat = torch.cat([states["deter"], states["stoch"]], -1)
             reward = reward_fn(states, action)
-            target, slow_value = self.target(feat, reward)
+            ret, slow_value = self.returns(feat, reward)
         torch.clear_autocast_cache()  # bf16 copies of weights that may have no gradient
-        policy_loss, bonus = self.actor_loss(feat, action, target, slow_value)
-        losses = dict(policy=policy_loss, value=self.critic_loss(feat, target))
+        policy_loss, bonus = self.actor_loss(feat, action, ret, slow_value)
+        losses = dict(policy=policy_loss, value=self.critic_loss(feat, ret))
         metrics = {
             "ac/reward": reward.mean(),
-            "ac/return": target.mean(),
+            "ac/return": ret.mean(),
             "ac/slow_value": slow_value.mean(),
             "ac/entropy": bonus.mean(),
             **{f"losses/{k}": v for k, v in losses.items()},
@@ -792,7 +794,7 @@ class Disagreement(nn.Module):
         self.register_buffer("scale", torch.zeros(()))
 
     def predict(self, feat: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """feat (...,F), action (...,A) -> tokens (5,...,E) of the image that follows."""
+        """feat (...,F), action (...,A) -> tokens (5,...,U) of the image that follows."""
         x = torch.cat([feat, action.to(feat)], -1)
         return torch.stack([net(x) for net in self.nets])
 
@@ -807,11 +809,13 @@ class Disagreement(nn.Module):
     def dream_reward(self, states: dict, action: torch.Tensor) -> torch.Tensor:
         """Reward (H+1,N) of a dream: r_{t+1} is the variance at (s_t, a_t), r_0 = 0, in units of its mean."""
         feat = torch.cat([states["deter"], states["stoch"]], -1)[:-1]
-        reward = self.reward(feat, action)
-        with torch.no_grad():  # EMA 0.95 of its size, beginning with the first batch
+        # stop-gradient: an action is to change where the dream goes (official)
+        reward = self.reward(feat, action.detach())
+        reward = torch.cat([torch.zeros_like(reward[:1]), reward])
+        with torch.no_grad():  # EMA 0.95 of its size, r_0 included, beginning with the first batch (official)
             size = gather_ranks(reward.abs().mean()[None]).mean()
             self.scale.copy_(torch.where(self.scale == 0, size, 0.95 * self.scale + 0.05 * size))
-        return torch.cat([torch.zeros_like(reward[:1]), reward / self.scale])
+        return reward / self.scale
 
 
 # ======== 6. update ========
@@ -961,13 +965,13 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def data_free_start(self, count: int, length: int, warmup: int = 5) -> dict:
-        """States (count,...) to dream from, made without data: half of them random latents, half what
-        the connector makes of random embeddings; then `warmup` steps, by random actions and by policy."""
+        """States (count,...) to dream from, made without data: each begins with a random latent or, by a
+        coin, with what the connector makes of a random embedding; then `warmup` steps, half of them by random
+        actions, half by policy."""
         rssm = self.world.rssm
         half = count // 2
         uniform = torch.zeros(half, rssm.stoch, rssm.classes, device=self.device)
         # a new direction in every step, as the official code has it
-        length = max(length, 1)
         embed = normalize(torch.randn(length, math.ceil(half / length), self.vl_dim, device=self.device))
         described, _, _ = self.connector.rollout(self.connector.aligner(embed), sample=True)
         coin = torch.rand(half, 1, device=self.device) < 0.5
@@ -1074,7 +1078,7 @@ def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, batch_s
     length = agent.args.policy_batch_length
     if agent.args.data_free:
         with torch.no_grad(), agent.autocast():
-            batch = agent.data_free_start(batch_size * length, length // 2)
+            batch = agent.data_free_start(batch_size * length, 2 * CLIP)
     else:
         batch = get_rows(agent, replay, batch_size, length)
     return captured(update_behaviour, agent, optimizer, batch)
@@ -1095,7 +1099,8 @@ def find_spec(env_id: str) -> gymnasium.envs.registration.EnvSpec:
             importlib.import_module(module)
         spec = gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
-        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}")  # such as: did you mean ...
+        hint = ' (pip install "shimmy[dm-control]" "mujoco<4")' if module == "shimmy" else ""
+        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}{hint}")  # such as: did you mean ...
     if str(spec.entry_point).startswith("ale_py") and not name.startswith("ALE/"):
         game = "".join(word.capitalize() for word in spec.kwargs["game"].split("_"))
         fail(f"--env-id {env_id} is another protocol (frame skip, sticky actions); use ALE/{game}-v5")
@@ -1109,7 +1114,7 @@ class Envs:
     `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
 
     def __init__(self, args, num_envs: int, seeds: np.ndarray, size: int, pixels: bool = False, **atari):
-        """`size`: side of the image. `pixels`: see the rendered one. `atari`: options of ale-py's own."""
+        """`size`: side of the image. `pixels`: see the rendered one. `atari`: other options for ale-py."""
         spec = find_spec(args.env_id)
         self.num_envs = num_envs
         self.seeds = seeds
@@ -1300,12 +1305,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
     needed = rows * row_bytes(specs) / 2**30
     free = shutil.disk_usage(run).free / 2**30
     if needed > free:
-        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: use another --run-dir, "
+             "or a smaller --buffer-size or --total-timesteps")
 
 
 def rows_at_risk(args, step: int, more: int = 0) -> int:
-    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come
-    `more` steps late. An episode has one row more than it has steps."""
+    """Rows per environment that a life may still add after its checkpoint at `step` and before the next one,
+    which may come `more` steps late. An episode has one row more than steps."""
     steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
     return 2 * steps // args.num_envs + 1
 
@@ -1346,31 +1352,18 @@ class Storage:
         self.rows += 1
         self.size = min(self.size + 1, self.capacity)
 
-    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
-        """Row numbers (T,B) and streams (B,) -> fields (T,B,...), and their positions for `write`."""
+    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> dict:
+        """Row numbers (T,B) and streams (B,) -> fields (T,B,...)."""
         index = rows % self.capacity * self.num_envs + envs
-        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}, index
-
-    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
-        """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one
-        wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
-        no defined order, so all that share a position write the value of the last. With a copy on the GPU the
-        files keep what `add` wrote: it is what a resume begins with."""
-        position = index.T.flatten()
-        ordered, order = position.sort(stable=True)
-        last = order[torch.searchsorted(ordered, position, right=True) - 1]
-        for name, value in values.items():
-            field = self.data[name].flatten(0, 1)  # a view: writing to a copy would be lost
-            value = value.transpose(0, 1).flatten(0, 1)[last.to(value.device)]
-            field[position] = value.to(field)
+        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}
 
     def state_dict(self) -> dict:
-        return dict(rows=self.rows)
+        return dict(rows=self.rows, size=self.size)
 
     def load_state_dict(self, state: dict, lost: int) -> None:
         """`lost`: rows that may have been overwritten between the checkpoint and a crash: not used."""
         self.rows = state["rows"]
-        self.size = max(min(self.rows, self.capacity - lost), 0)
+        self.size = max(min(state["size"], self.capacity - lost), 0)
 # ==== end shared ====
 
 
@@ -1429,7 +1422,7 @@ class Replay(Storage):
         episode = torch.searchsorted(last, number, right=True)
         start = first[episode] + number - (last - starts)[episode]
         index = start + torch.arange(length)[:, None]
-        batch, _ = self.gather(index.to(self.device), env[episode].to(self.device))
+        batch = self.gather(index.to(self.device), env[episode].to(self.device))
         return batch
 
     def load_state_dict(self, state: dict, lost: int) -> None:
@@ -1473,8 +1466,8 @@ def replay_specs(shapes: dict, action_dim: int, vl_dim: int) -> dict:
 # -- episode files: one compressed .npz each, {number}-{time}-{uuid}-{rows}.npz (official format) --
 
 
-def find_episodes(folder: str, buffer_size: int, shortest: int) -> list[tuple[Path, int, int]]:
-    """(file, rows, width of its embeddings or 0) of the last files in order of their paths, up to
+def find_episodes(folder: str, buffer_size: int, shortest: int, vlm: str) -> list[tuple[Path, int, int]]:
+    """(file, rows, width of its embeddings by `vlm` or 0) of the last files in order of their paths, up to
     `buffer_size` rows. What cannot be read, or is shorter than a sequence, is named, counted and left out."""
     if not Path(folder).is_dir():
         fail(f"--data-dir {folder} is no folder")
@@ -1490,6 +1483,8 @@ def find_episodes(folder: str, buffer_size: int, shortest: int) -> list[tuple[Pa
                 rows = len(arrays["is_first"])
                 width = arrays["clip_video"].shape[-1] if "clip_video" in arrays else 0
                 unnamed += width > 0 and "vlm" not in arrays
+                if "vlm" in arrays and str(arrays["vlm"]) != vlm:
+                    width = 0  # embedded anew
         except Exception as error:  # a damaged file raises anything
             say(f"skipped {path}: {type(error).__name__} {error}")
             skipped += 1
@@ -1579,7 +1574,7 @@ class SentenceVLM:
             self.dim = self.embed_text(["a"]).shape[-1]
             self.embed_frames(np.zeros((1, 64, 64, 3), np.uint8))  # a model of text alone fails here
         except Exception as error:  # anything, by the library's version
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             fail(f"--vlm {name} cannot be used for texts and images: {reason}")
 
     def embed_text(self, texts: list[str]) -> np.ndarray:
@@ -1733,7 +1728,8 @@ def report_gap(agent: Agent, replay: Replay, embed: torch.Tensor) -> dict[str, f
     """How far the prompt's embedding (E,) is from those of the data, before and after the aligner.
     The aligner is trained to restore what is atan(w / (1 - w)) away, w = --align-noise."""
     data = replay.data["vl_embed"].flatten(0, 1)[: replay.rows * replay.num_envs]
-    data = data[torch.randint(len(data), (100_000,), device=data.device)].to(agent.device)  # of all there are
+    data = data[data.any(-1)]  # the first rows of an episode have none
+    data = data[torch.randint(len(data), (100_000,), device=data.device)].to(agent.device)  # enough draws
     before = (data @ embed).max().item()
     after = (data @ agent.connector.aligner(embed)).max().item()
     noise = agent.args.align_noise
@@ -1741,15 +1737,17 @@ def report_gap(agent: Agent, replay: Replay, embed: torch.Tensor) -> dict[str, f
     say(f"prompt: cosine {before:.2f} with the nearest clip of the data, {after:.2f} once aligned")
     if before < trained - 0.15:
         tan = math.sqrt(max(1 - before**2, 0)) / max(before, 1e-3)
-        say(f"the aligner was trained at cosine {trained:.2f}: consider --align-noise {tan / (1 + tan):.2f}")
+        noise = min(tan / (1 + tan), 0.8)  # 1 would leave nothing of an embedding
+        say(f"the aligner was trained at cosine {trained:.2f}: --align-noise {noise:.2f} may do better")
     return {"prompt/cosine": before, "prompt/cosine_aligned": after}
 
 
 # ======== 9. evaluate and dream ========
 # ==== shared: evaluation ====
 def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
-    """Statistics of `eval_episodes` whole episodes, equally many in each environment, so that short ones do
-    not prevail. `stop`: not empty once a signal has come; then there is no result."""
+    """Statistics of `eval_episodes` whole episodes (above 16: the next multiple of 16), equally many in each
+    environment, so that short ones do not prevail. `stop`: not empty once a signal has come; then there is
+    no result."""
     num_envs = min(args.eval_episodes, 16)
     per_env = math.ceil(args.eval_episodes / num_envs)
     limit = 108_000 // args.action_repeat  # policy steps, as on Atari: some environments have no end
@@ -1765,7 +1763,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
         for i in np.flatnonzero(row["is_last"]):
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
-        if envs.length.max() >= limit:
+        if (envs.length[~row["is_last"]] >= limit).any():
             say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in np.flatnonzero(~row["is_last"]):
                 returns[i].append(envs.ret[i])
@@ -1935,11 +1933,13 @@ def lock(run: Path):
         import fcntl
     except ImportError:  # not on Windows
         return None
-    file = open(run / "lock", "w")
     try:
+        file = open(run / "lock", "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         fail(f"another process is using {run}")
+    except OSError as error:
+        fail(f"the run directory cannot be written: {error}")
     return file
 
 
@@ -2020,7 +2020,10 @@ def make_run(args: Args, device: torch.device) -> Path:
     """The directory that is resumed, or a new one, with one name on all ranks."""
     now = torch.tensor([time.time_ns() // 1_000_000], device=device)
     run = Path(args.resume or f"{args.run_dir}/{run_name(args)}{int(gather_ranks(now)[0])}")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"the run directory cannot be made: {error}")
     return run
 # ==== end shared ====
 
@@ -2118,11 +2121,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
         found = Path(args.run_dir).glob(f"{run_name(args)}*/checkpoint.pt")
         newest = max(found, key=os.path.getmtime, default=None)
         args.resume = str(newest.parent) if newest else ""
+        if not newest:
+            print(f"nothing to resume: there is no {args.run_dir}/{run_name(args)}*; a new run begins")
     if args.resume:
         saved = Args(**load_checkpoint(Path(args.resume))["args"])
         args = replace(tyro.cli(Args, args=argv, default=saved), resume=args.resume)
         if args.env_id != saved.env_id:
             fail(f"{args.resume} is a run of {saved.env_id}, not of {args.env_id}")
+        if args.preset != saved.preset:
+            fail(f"{args.resume} began with --preset {saved.preset}; change single flags, or begin a new run")
     else:
         args = replace(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[args.preset])), resume="")
     check_args(args)
@@ -2139,21 +2146,30 @@ def check_positive(args: Args, names: str) -> None:
     for name in names.split():
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("seed", "eval_episodes"):
+    for name in ("seed", "eval_episodes", "action_repeat"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+
+
+def check_shares(args: Args, names: str) -> None:
+    """Probabilities, discounts and the like."""
+    for name in names.split():
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
 # ==== end shared ====
 
 
 def check_args(args: Args) -> None:
     """Sizes that cannot work: one line each. Then `auto` becomes what it stands for."""
     check_positive(args, "total_timesteps num_envs batch_size policy_batch_size policy_batch_length")
-    check_positive(args, "train_every slow_every save_every buffer_size model_clip")
+    check_positive(args, "train_every slow_every save_every log_every buffer_size model_clip ac_clip")
+    check_positive(args, "connector_updates model_lr actor_lr critic_lr")
+    check_shares(args, "gamma lam sticky_actions unimix kl_balance align_noise")
     check_positive(args, "hidden stoch classes cnn_depth layers")
     if args.batch_length % CLIP or args.batch_length <= 0:
         fail(f"--batch-length {args.batch_length} must be a multiple of {CLIP}, the frames of a clip")
     if args.imag_horizon < 2:
-        fail("--imag-horizon must be at least 2: H steps give H - 1 targets")
+        fail("--imag-horizon must be at least 2: H steps train H - 1 actions")
     if args.imag_horizon < CLIP and args.align == "sequence":
         fail(f"--imag-horizon must be at least {CLIP}, the steps that are aligned")
     if args.data_free and (args.policy_batch_size * args.policy_batch_length) % 2:
@@ -2171,7 +2187,8 @@ def start_log(run: Path, args: Args, step: int) -> SummaryWriter:
     """TensorBoard events, without those that a killed life wrote beyond `step`; a copy of the script."""
     writer = SummaryWriter(str(run), purge_step=step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")
-    shutil.copy(__file__, run)
+    if Path(__file__).resolve().parent != run.resolve():  # a run can be resumed with its own copy
+        shutil.copy(__file__, run)
     return writer
 
 
@@ -2276,7 +2293,7 @@ def write_episodes(replay: Replay, folder: Path, vlm: str, stop: list) -> None:
             write_episode(folder, number, replay.episode(first, rows, env), vlm)
 
 
-def understand(args: Args, saved: dict, get_vlm) -> tuple[list, int, torch.Tensor, bool]:
+def read_inputs(args: Args, saved: dict, get_vlm) -> tuple[list, int, torch.Tensor, bool]:
     """Episode files, width of the embeddings, the prompt's embedding, and whether it is another than before.
     All that needs the VLM's weights or the user's files comes first: hours later would be too late."""
     for name in ("vlm", "data_dir"):
@@ -2285,13 +2302,14 @@ def understand(args: Args, saved: dict, get_vlm) -> tuple[list, int, torch.Tenso
             fail(f"{args.resume} was made with --{flag} {saved['args'][name]!r}: its data cannot change")
     files = []
     if args.data_dir and not saved:
-        files = find_episodes(args.data_dir, args.buffer_size, args.batch_length)
+        files = find_episodes(args.data_dir, args.buffer_size, args.batch_length, args.vlm)
     widths = {width for _, _, width in files}
     vl_dim = saved.get("vl_dim") or (widths.pop() if len(widths) == 1 else 0) or get_vlm().dim
-    read_prompt(args)  # also where the embedding is known: the videos to come show it
-    same = prompt_text(args) == saved.get("prompt")
-    embed = saved["embed"] if same else embed_prompt(args, get_vlm, vl_dim)
-    return files, vl_dim, embed, bool(saved) and not same
+    content = read_prompt(args)  # of a file, which may have changed
+    known = content is None and prompt_text(args) == saved.get("prompt")
+    embed = saved["embed"] if known else embed_prompt(args, get_vlm, vl_dim)
+    new_prompt = bool(saved) and not torch.allclose(embed, saved["embed"], atol=1e-3)
+    return files, vl_dim, embed, new_prompt
 
 
 def resume(saved: dict, new_prompt: bool, agent: Agent, optimizer: Optimizers) -> None:
@@ -2343,17 +2361,19 @@ class Session:
         """Where metrics are drawn: policy steps of collection, then updates."""
         return self.step + self.done["pretrain"] + self.done["policy"]
 
-    def log(self, metrics: dict, bar: tqdm) -> None:
+    def log(self, metrics: dict, bar: tqdm, step: int, updates: int) -> None:
+        """`step`, `updates`: how far the bar is in policy steps, and updates since it began."""
         values = read_metrics(metrics, self.clock, self.run)
         values["charts/frames"] = self.step * self.args.action_repeat
-        values.update(speeds(bar, bar.n, bar.n - bar.initial))
+        values.update(speeds(bar, step, updates))
         log_metrics(self.writer, values, self.clock)
 
     def save(self) -> None:
+        ended = self.args.data_dir or self.stopping
         save_checkpoint(
             self.run, self.args, step=self.step, done=self.done, updates=sum(self.done.values()), **self.kept,
             agent=self.agent.state_dict(), optimizer=self.optimizer.state_dict(),
-            replay=self.replay.state_dict())
+            replay=self.replay.state_dict(), at_risk=0 if ended else rows_at_risk(self.args, self.step))
 
     def fork_rng(self):
         """Evaluations and videos change nothing of what follows."""
@@ -2381,6 +2401,7 @@ class Session:
         args, agent, replay, done = self.args, self.agent, self.replay, self.done
         agent.exploring = True
         metrics = {}
+        explored = done["explore"]
         ret = math.nan
         bar = progress_bar(args, self.step, self.rank)
         row = envs.reset()
@@ -2416,7 +2437,7 @@ class Session:
             bar.set_postfix(episodic_return=ret, updates=done["explore"], refresh=False)
             bar.update(self.step - before)
             if metrics and due(args.log_every, before, self.step):
-                self.log(metrics, bar)
+                self.log(metrics, bar, self.step, done["explore"] - explored)
             if due(args.save_every, before, self.step):
                 self.save()
         bar.close()
@@ -2438,7 +2459,7 @@ class Session:
             bar.update(1)
             end = done[phase] == total
             if end or due(args.log_every, before, done[phase]):
-                self.log(metrics, bar)
+                self.log(metrics, bar, bar.initial, bar.n - bar.initial)
             if end or due(args.save_every, before, done[phase]):
                 self.save()
             first = phase == "policy" and before == 0  # what the prompt is understood to mean
@@ -2464,7 +2485,7 @@ def main(args: Args) -> None:
     seed = seed_generators(args.seed, rank, life)
     envs = make_envs(args, num_envs, 0, rank, life)  # after a resume other episodes than before
     get_vlm = cache(partial(load_vlm, args.vlm, device))
-    files, vl_dim, embed, new_prompt = understand(args, saved, get_vlm)
+    files, vl_dim, embed, new_prompt = read_inputs(args, saved, get_vlm)
     torch.manual_seed(args.seed)  # the same weights on every rank
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args, vl_dim).to(device)
     torch.manual_seed(seed)  # other samples on every rank
@@ -2477,7 +2498,7 @@ def main(args: Args) -> None:
     # ---- run directory and replay, as they were where a run is resumed ----
     capacity = saved.get("capacity") or choose_capacity(args, files, ranks)
     run = make_run(args, device)
-    held = lock(run) if rank == 0 else None
+    held = lock(run) if rank == 0 else None  # until the process ends
     specs = replay_specs(envs.shapes, envs.action_dim, vl_dim)
     streams = 1 if args.data_dir else num_envs
     if not saved:
@@ -2489,7 +2510,7 @@ def main(args: Args) -> None:
     session.kept = dict(life=life, capacity=capacity, vl_dim=vl_dim, prompt=prompt_text(args), embed=embed)
     if saved:
         resume(saved, new_prompt, agent, optimizer)
-        replay.load_state_dict(saved["replay"], lost=0 if args.data_dir else rows_at_risk(args, session.step))
+        replay.load_state_dict(saved["replay"], saved["at_risk"])
         if rank == 0:
             restore_rng(saved["rng"])
     if new_prompt:
@@ -2504,6 +2525,11 @@ def main(args: Args) -> None:
         session.writer = start_log(run, args, session.clock)
 
     # ---- collect, embed the clips, pre-train world model and connector ----
+    if session.step < args.total_timesteps and 0 < args.pretrain_updates <= session.done["pretrain"]:
+        fail("more steps would change the world model under its connector and policy: "
+             "raise --pretrain-updates and --policy-updates too, or begin a new run")
+    if saved and rank == 0:
+        session.save()  # says how many rows this life puts at risk
     if not args.data_dir:
         session.collect(envs, batch_size)
     if not session.stopping:
@@ -2514,7 +2540,7 @@ def main(args: Args) -> None:
         (session.stopping,) = sum_ranks([len(session.stop)], device)
     session.learn("pretrain", args.pretrain_updates, train_world_model, batch_size)
 
-    # ---- understand the prompt, then learn in dreams to do what it says ----
+    # ---- what the prompt asks for, then learn in dreams to do it ----
     if not session.stopping:
         with session.fork_rng():
             torch.manual_seed(args.seed)  # the same target after a resume
@@ -2526,7 +2552,7 @@ def main(args: Args) -> None:
     # ---- the end ----
     if rank == 0:
         session.save()
-        if not session.stopping:  # also after the resume of a run that had ended
+        if session.done["policy"] and not session.stopping:  # also after the resume of a run that had ended
             session.score()
         print(f"saved at step {session.step} with updates {session.done} in {run}")
         session.writer.close()

@@ -35,7 +35,8 @@ Differences from the official code. With the same numbers: frames of replay are 
 epoch; a frame's last token passes the Transformer together with the next action; dreams run without gradient,
 then the policy sees their frames again; the last action of a dream, whose outcome enters no loss, is not
 given to the world model. With others: the maximum of two frames is taken before the resize; 0 to 30 no-ops at
-reset; games end after 108,000 frames in training too; without LPIPS weights only pixels train the tokenizer.
+reset (official: 1 to 30, in evaluation 1); games end after 108,000 frames in training too (official: 20,000);
+a bounded replay; without LPIPS weights only pixels train the tokenizer.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -93,39 +94,39 @@ class Args:
     compile: Literal["auto", "on", "off"] = "auto"  # auto: CUDA graphs of updates; on: torch.compile too
     run_dir: str = "runs"  # where run directories go
     resume: str = ""  # run directory to continue, or auto: the newest one of this environment, name and seed
-    save_every: int = 2_000  # policy steps between checkpoints
+    save_every: int = 2_000  # policy steps between checkpoints; like the next ones, at ends of epochs
     eval_every: int = 10_000  # policy steps between evaluations (official: 1_000); 0: only one at the end
     eval_episodes: int = 16  # episodes per evaluation (official: 16, at the end 100); 0: none
     video_every: int = 10_000  # policy steps between dream GIFs; 0: only at the end
     log_every: int = 1_000  # policy steps between metric logs
     # environment
-    num_envs: int = 1  # parallel environments (official)
+    num_envs: int = 1  # parallel environments (official: 1)
     image_size: int = 64  # side of the image, a multiple of 16: K = (side / 16)^2 tokens (official)
     action_repeat: int = 0  # environment steps per policy step; 0: 4 on Atari, else 1 (official)
     sticky_actions: float = 0.0  # Atari: probability that a frame repeats the last action (official)
     life_loss: bool = True  # Atari: in training a lost life ends an episode (official)
     # replay and schedule; an epoch collects, then updates tokenizer, world model and behaviour
-    buffer_size: int = 200_000  # replay rows; an episode takes one more than it has steps
+    buffer_size: int = 200_000  # replay rows (enough for 100k steps; official: all); fixed at the start
     epoch_steps: int = 200  # policy steps per epoch (official)
     epoch_updates: int = 200  # updates of each of the three per epoch (official)
     extra_epochs: int = 100  # epochs after the last policy step, which only train (official)
     learning_starts: int = 1_000  # epochs that end beyond this policy step train the tokenizer (official)
-    world_starts: int = 5_000  # the same for the world model (official: after 25 epochs)
-    behaviour_starts: int = 10_000  # the same for the behaviour (official: after 50 epochs)
+    world_starts: int = 5_000  # the same for the world model (official, 25 epochs)
+    behaviour_starts: int = 10_000  # the same for the behaviour (official, 50 epochs)
     tokenizer_batch: int = 256  # images per tokenizer update (official)
     batch_size: int = 64  # sequences per update of world model and behaviour, B (official)
     batch_length: int = 20  # frames per sequence, T, and what the Transformer can look back on (official)
     # tokenizer
     vocab_size: int = 512  # words in the codebook, V (official)
     code_dim: int = 512  # width of a word, E (official)
-    channels: int = 64  # of all convolutions in encoder and decoder, even (official)
+    channels: int = 64  # channels of all convolutions in encoder and decoder, even (official)
     res_blocks: int = 2  # residual blocks per resolution in the encoder; the decoder has one more (official)
-    perceptual_loss: Literal["auto", "lpips", "pixel", "none"] = "auto"  # auto: lpips (official), else pixel
-    lpips_weights: str = ""  # folder of vgg16-397923af.pth and vgg.pth; empty: usual caches
+    perceptual_loss: Literal["auto", "lpips", "pixel", "none"] = "auto"  # auto: lpips (official) or pixel
+    lpips_weights: str = ""  # folder of vgg16-397923af.pth and vgg.pth; empty: caches of torch.hub and IRIS
     # world model
     layers: int = 10  # Transformer blocks (official)
     heads: int = 4  # attention heads (official)
-    width: int = 256  # of the Transformer, W (official)
+    width: int = 256  # width of the Transformer, W (official)
     dropout: float = 0.1  # of embeddings, attention and residuals while the world model trains (official)
     # behaviour
     lstm_units: int = 512  # width of the policy's LSTM (official)
@@ -138,9 +139,9 @@ class Args:
     temperature: float = 1.0  # divides policy logits while collecting (official; App. H: lower on Freeway)
     eval_temperature: float = 0.5  # the same in evaluation (official)
     # optimiser
-    lr: float = 1e-4  # of all three Adams (official)
-    weight_decay: float = 0.01  # of the Transformer's matrices (official)
-    grad_clip: float = 10.0  # gradient norm allowed for each of the three (official)
+    lr: float = 1e-4  # learning rate of all three Adams (official)
+    weight_decay: float = 0.01  # weight decay of the Transformer's matrices (official)
+    grad_clip: float = 10.0  # largest gradient norm, for each of the three (official)
 
 
 PRESETS = {
@@ -175,7 +176,8 @@ def sample(logits: torch.Tensor) -> torch.Tensor:
 
 def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Index (...) of the word (V,E) nearest to z (...,E). Eq. 1 (arXiv:1711.00937v2): argmin_i |z - e_i|^2.
-    |z|^2 is the same for all words and left out. Trap: bf16 cannot tell neighbours apart."""
+    |z|^2 is the same for all words and left out. Trap: bf16 cannot tell neighbours apart. On CUDA the
+    product is in TF32, as it was for the authors (torch 1.11)."""
     with torch.autocast(z.device.type, enabled=False):
         z = float32(z)
         codebook = float32(codebook)
@@ -184,8 +186,8 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean over labels (B,n), but those of -100, of -log softmax(logits (B,n,V)). The mean is that of the
-    joint batch of all ranks, once their gradients are averaged."""
+    """Mean of -log softmax(logits (B,n,V)) at the labels (B,n), without those that are -100. The mean is that
+    of the joint batch of all ranks, once their gradients are averaged."""
     total = F.cross_entropy(float32(logits).flatten(0, 1), labels.flatten(), reduction="sum")
     count = (labels != -100).sum().to(total.dtype)
     return total / gather_ranks(count[None]).mean().clamp(min=1e-8)
@@ -205,8 +207,8 @@ def lambda_return(reward, value, end, gamma: float, lam: float) -> torch.Tensor:
 
 
 def pixel_distance(recon: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """In place of LPIPS (ours, after Delta-IRIS, arXiv:2406.19320): mean square and 0.01 of the worst one
-    (N,). Images (N,C,Y,X) in [-1,1], hence the 1/4: the weights are those for images in [0,1]."""
+    """In place of LPIPS (ours, after Delta-IRIS, arXiv:2406.19320): mean squared error plus 0.01 times the
+    worst pixel's (N,). Images (N,C,Y,X) in [-1,1], hence the 1/4: weights are those for images in [0,1]."""
     square = (recon - target).square().flatten(1) / 4
     return square.mean(1) + 0.01 * square.amax(1)
 
@@ -223,7 +225,7 @@ def norm(channels: int) -> nn.GroupNorm:
 
 
 class Float32Linear(nn.Linear):
-    """Runs in float32 under autocast. Trap: in bf16 values near 200 have three different numbers."""
+    """Runs in float32 under autocast. Trap: bf16 numbers near 200 are 1 apart, too coarse for advantages."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -391,7 +393,8 @@ class LPIPS(nn.Module):
 
 def load_lpips(folder: str) -> tuple[LPIPS | None, str]:
     """LPIPS with the weights of two files, or None and what is missing. Without a folder: where torch.hub
-    keeps torchvision's VGG16, and where the official code keeps the heads."""
+    keeps torchvision's VGG16, and where the official code keeps the heads. They are vgg16-397923af.pth of
+    download.pytorch.org/models and lpips/weights/v0.1/vgg.pth of richzhang/PerceptualSimilarity."""
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     official = Path.home() / ".cache" / "iris" / "tokenizer_pretrained_vgg"
     folders = [Path(folder)] if folder else [hub, official]
@@ -503,8 +506,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: torch.Tensor, start: int, mask, cache, dropout: float) -> torch.Tensor:
-        """Positions start..start+n of a sequence. Keys and values of those before are in `cache`, two tensors
-        (B,heads,positions,W/heads); those of these are written there."""
+        """x (B,n,W) is at positions start..start+n of a sequence. `cache`: two tensors
+        (B,heads,positions,W/heads) with the keys and values of earlier positions; those of x are added."""
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (B,n,3,heads,W/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if cache is not None:
@@ -531,12 +534,12 @@ class WorldModel(nn.Module):
     """GPT over blocks of K tokens and one action: p(z_{t+1}, r_t, d_t | z_{<=t}, a_{<=t}), the tokens of a
     frame one after the other. Sec. 2.2 (arXiv:2209.00588v2). Source: `WorldModel`, `Transformer`."""
 
-    def __init__(self, tokens: int, action_dim: int, args: Args):
+    def __init__(self, num_tokens: int, action_dim: int, args: Args):
         super().__init__()
         width = args.width
         self.args = args
-        self.tokens = tokens  # K
-        self.positions = (tokens + 1) * args.batch_length
+        self.num_tokens = num_tokens  # K
+        self.positions = (num_tokens + 1) * args.batch_length
         self.position = nn.Embedding(self.positions, width)  # absolute: each sequence and dream begins at 0
         self.action = nn.Embedding(action_dim, width)
         self.token = nn.Embedding(args.vocab_size, width)
@@ -546,7 +549,7 @@ class WorldModel(nn.Module):
         self.reward_head = head(width, 3)  # -1, 0, 1
         self.end_head = head(width, 2)
         # places in a block that predict a token: all but the last token, whose successor is the action
-        places = torch.tensor([*range(tokens - 1), tokens])
+        places = torch.tensor([*range(num_tokens - 1), num_tokens])
         self.register_buffer("places", places, persistent=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -567,8 +570,8 @@ class WorldModel(nn.Module):
         Trap: the position is an argument; counted from the input, a single token would always be at 0."""
         count = x.shape[1]
         x = F.dropout(x + self.position.weight[start : start + count], dropout)
-        mask = None  # one token may see all that is there; a sequence from its beginning is_causal
-        if start > 0 and count > 1:
+        mask = None  # one token sees the whole cache; a sequence from position 0 uses is_causal, in Block
+        if start > 0 and count > 1:  # row i sees columns up to start + i
             mask = torch.ones(count, start + count, dtype=torch.bool, device=x.device).tril(start)
         for i, block in enumerate(self.blocks):
             x = block(x, start, mask, None if cache is None else cache[i], dropout)
@@ -585,7 +588,7 @@ class WorldModel(nn.Module):
     def labels(self, tokens, reward, end, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What is to be predicted: tokens (B,T*K-1), reward and end (B,T), -100 where mask (B,T) is false.
         Token 0 of the first frame has no predecessor; its others are learned without any past (official)."""
-        token_mask = mask.repeat_interleave(self.tokens, 1)
+        token_mask = mask.repeat_interleave(self.num_tokens, 1)
         token_labels = torch.where(token_mask, tokens.flatten(1), -100)[:, 1:]
         reward_labels = torch.where(mask, reward.sign().long() + 1, -100)  # the size of a reward is lost
         end_labels = torch.where(mask, end.long(), -100)
@@ -608,7 +611,7 @@ class WorldModel(nn.Module):
         }
         with torch.no_grad():  # the means hide what matters: tokens that change, rewards, ends
             changed = (tokens[:, 1:] != tokens[:, :-1]).flatten(1)  # (B,(T-1)*K), without the first frame
-            skip = self.tokens - 1
+            skip = self.num_tokens - 1
             changed_labels = torch.where(changed, token_labels[:, skip:], -100)
             metrics = {
                 "wm/token_loss_changed": cross_entropy(token_logits[:, skip:], changed_labels),
@@ -622,8 +625,8 @@ class WorldModel(nn.Module):
 class Dream:
     """The world model as an environment: B dreams in step, each begun from the tokens (B,K) of one real
     frame. Source: `WorldModelEnv`. A frame's last token predicts nothing, so it waits and passes the
-    Transformer together with the next action: a step is one pass of two tokens (the first of K + 1), then K -
-    1 of one."""
+    Transformer together with the next action: a step is one pass of two tokens (the first step: of K + 1) and
+    K-1 passes of one token."""
 
     def __init__(self, world: WorldModel, tokens: torch.Tensor):
         self.world = world
@@ -643,7 +646,7 @@ class Dream:
         frame. Where the context is full, memory is cut down to the present frame, at position 0 again
         (official). That never happens within H = T frames: K + (H-1)(K+1) + 1 = T(K+1)."""
         world = self.world
-        if self.size + self.waiting.shape[1] + 1 + world.tokens > world.positions:
+        if self.size + self.waiting.shape[1] + 1 + world.num_tokens > world.positions:
             self.size = 0
             self.waiting = self.tokens
         x = torch.cat([world.token(self.waiting), world.action(action)[:, None]], 1)
@@ -652,7 +655,7 @@ class Dream:
         end = sample(world.end_head(y))
 
         drawn = [sample(world.token_head(y))]  # the output at the action predicts token 0
-        while len(drawn) < world.tokens:
+        while len(drawn) < world.num_tokens:
             y = self.forward(world.token(drawn[-1])[:, None])  # that at token k predicts token k + 1
             drawn.append(sample(world.token_head(y)))
         self.tokens = torch.stack(drawn, 1)
@@ -673,7 +676,7 @@ class Behaviour(nn.Module):
         self.lstm = nn.LSTMCell((height // 16) * (width // 16) * widths[-1], args.lstm_units)
         self.actor = nn.Linear(args.lstm_units, action_dim)
         self.critic = Float32Linear(args.lstm_units, 1)
-        self.to(memory_format=torch.channels_last)  # pooling is faster
+        self.to(memory_format=torch.channels_last)  # max pooling is faster so
 
     def initial(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden and cell state (B,units) before anything was seen."""
@@ -839,8 +842,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, row: dict, state: dict) -> dict:
-        """Row (N,...) and state -> new {hidden, cell, action (N,A) one-hot}. Always sampled; in evaluation
-        (`agent.eval()`) at another temperature and without random actions (official)."""
+        """Row (N,...) and state -> new {hidden, cell, action (N,A) one-hot}. Sampled from the policy, now and
+        then uniformly; in evaluation (`agent.eval()`) at another temperature, never uniformly (official)."""
         args = self.args
         recon = self.decode(self.encode(torch.as_tensor(row["image"])))
         keep = ~torch.as_tensor(row["is_first"], device=self.device)[:, None]
@@ -850,7 +853,7 @@ class Agent(nn.Module):
             logits, _, (hidden, cell) = self.behaviour(recon[None], (hidden, cell))
         temperature = args.temperature if self.training else args.eval_temperature
         index = sample(logits[0] / temperature)
-        if self.training:  # one draw for all environments
+        if self.training:  # with probability epsilon all environments act at random: one draw (official)
             explore = torch.rand((), device=self.device) < args.epsilon
             index = torch.where(explore, torch.randint_like(index, self.action_dim), index)
         action = F.one_hot(index, self.action_dim).to(logits.dtype)
@@ -926,7 +929,8 @@ def find_spec(env_id: str) -> gymnasium.envs.registration.EnvSpec:
             importlib.import_module(module)
         spec = gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
-        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}")  # such as: did you mean ...
+        hint = ' (pip install "shimmy[dm-control]" "mujoco<4")' if module == "shimmy" else ""
+        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}{hint}")  # such as: did you mean ...
     if str(spec.entry_point).startswith("ale_py") and not name.startswith("ALE/"):
         game = "".join(word.capitalize() for word in spec.kwargs["game"].split("_"))
         fail(f"--env-id {env_id} is another protocol (frame skip, sticky actions); use ALE/{game}-v5")
@@ -940,7 +944,7 @@ class Envs:
     `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
 
     def __init__(self, args, num_envs: int, seeds: np.ndarray, size: int, pixels: bool = False, **atari):
-        """`size`: side of the image. `pixels`: see the rendered one. `atari`: options of ale-py's own."""
+        """`size`: side of the image. `pixels`: see the rendered one. `atari`: other options for ale-py."""
         spec = find_spec(args.env_id)
         self.num_envs = num_envs
         self.seeds = seeds
@@ -1144,12 +1148,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
     needed = rows * row_bytes(specs) / 2**30
     free = shutil.disk_usage(run).free / 2**30
     if needed > free:
-        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: use another --run-dir, "
+             "or a smaller --buffer-size or --total-timesteps")
 
 
 def rows_at_risk(args, step: int, more: int = 0) -> int:
-    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come
-    `more` steps late. An episode has one row more than it has steps."""
+    """Rows per environment that a life may still add after its checkpoint at `step` and before the next one,
+    which may come `more` steps late. An episode has one row more than steps."""
     steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
     return 2 * steps // args.num_envs + 1
 
@@ -1190,31 +1195,18 @@ class Storage:
         self.rows += 1
         self.size = min(self.size + 1, self.capacity)
 
-    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
-        """Row numbers (T,B) and streams (B,) -> fields (T,B,...), and their positions for `write`."""
+    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> dict:
+        """Row numbers (T,B) and streams (B,) -> fields (T,B,...)."""
         index = rows % self.capacity * self.num_envs + envs
-        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}, index
-
-    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
-        """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one
-        wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
-        no defined order, so all that share a position write the value of the last. With a copy on the GPU the
-        files keep what `add` wrote: it is what a resume begins with."""
-        position = index.T.flatten()
-        ordered, order = position.sort(stable=True)
-        last = order[torch.searchsorted(ordered, position, right=True) - 1]
-        for name, value in values.items():
-            field = self.data[name].flatten(0, 1)  # a view: writing to a copy would be lost
-            value = value.transpose(0, 1).flatten(0, 1)[last.to(value.device)]
-            field[position] = value.to(field)
+        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}
 
     def state_dict(self) -> dict:
-        return dict(rows=self.rows)
+        return dict(rows=self.rows, size=self.size)
 
     def load_state_dict(self, state: dict, lost: int) -> None:
         """`lost`: rows that may have been overwritten between the checkpoint and a crash: not used."""
         self.rows = state["rows"]
-        self.size = max(min(self.rows, self.capacity - lost), 0)
+        self.size = max(min(state["size"], self.capacity - lost), 0)
 # ==== end shared ====
 
 
@@ -1251,7 +1243,7 @@ class Replay(Storage):
         self.table = None
 
     def make_table(self) -> torch.Tensor:
-        """Episodes (E,3) with frames: first row that is left, row after the last frame, environment."""
+        """Episodes with frames (episodes,3): first row that is left, row after the last, environment."""
         running = [(begun, self.rows - 1, env) for env, begun in enumerate(self.begun)]
         table = torch.tensor(self.episodes + running, device=self.device)
         table[:, 0].clamp_(min=self.rows - self.size)
@@ -1336,8 +1328,9 @@ def replay_specs(shapes: dict, action_dim: int) -> dict:
 # ======== 9. evaluate and dream ========
 # ==== shared: evaluation ====
 def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
-    """Statistics of `eval_episodes` whole episodes, equally many in each environment, so that short ones do
-    not prevail. `stop`: not empty once a signal has come; then there is no result."""
+    """Statistics of `eval_episodes` whole episodes (above 16: the next multiple of 16), equally many in each
+    environment, so that short ones do not prevail. `stop`: not empty once a signal has come; then there is
+    no result."""
     num_envs = min(args.eval_episodes, 16)
     per_env = math.ceil(args.eval_episodes / num_envs)
     limit = 108_000 // args.action_repeat  # policy steps, as on Atari: some environments have no end
@@ -1353,7 +1346,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
         for i in np.flatnonzero(row["is_last"]):
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
-        if envs.length.max() >= limit:
+        if (envs.length[~row["is_last"]] >= limit).any():
             say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in np.flatnonzero(~row["is_last"]):
                 returns[i].append(envs.ret[i])
@@ -1481,11 +1474,13 @@ def lock(run: Path):
         import fcntl
     except ImportError:  # not on Windows
         return None
-    file = open(run / "lock", "w")
     try:
+        file = open(run / "lock", "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         fail(f"another process is using {run}")
+    except OSError as error:
+        fail(f"the run directory cannot be written: {error}")
     return file
 
 
@@ -1566,7 +1561,10 @@ def make_run(args: Args, device: torch.device) -> Path:
     """The directory that is resumed, or a new one, with one name on all ranks."""
     now = torch.tensor([time.time_ns() // 1_000_000], device=device)
     run = Path(args.resume or f"{args.run_dir}/{run_name(args)}{int(gather_ranks(now)[0])}")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"the run directory cannot be made: {error}")
     return run
 # ==== end shared ====
 
@@ -1664,11 +1662,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
         found = Path(args.run_dir).glob(f"{run_name(args)}*/checkpoint.pt")
         newest = max(found, key=os.path.getmtime, default=None)
         args.resume = str(newest.parent) if newest else ""
+        if not newest:
+            print(f"nothing to resume: there is no {args.run_dir}/{run_name(args)}*; a new run begins")
     if args.resume:
         saved = Args(**load_checkpoint(Path(args.resume))["args"])
         args = replace(tyro.cli(Args, args=argv, default=saved), resume=args.resume)
         if args.env_id != saved.env_id:
             fail(f"{args.resume} is a run of {saved.env_id}, not of {args.env_id}")
+        if args.preset != saved.preset:
+            fail(f"{args.resume} began with --preset {saved.preset}; change single flags, or begin a new run")
     else:
         args = replace(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[args.preset])), resume="")
     check_args(args)
@@ -1685,9 +1687,16 @@ def check_positive(args: Args, names: str) -> None:
     for name in names.split():
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("seed", "eval_episodes"):
+    for name in ("seed", "eval_episodes", "action_repeat"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+
+
+def check_shares(args: Args, names: str) -> None:
+    """Probabilities, discounts and the like."""
+    for name in names.split():
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
 # ==== end shared ====
 
 
@@ -1696,7 +1705,10 @@ def check_args(args: Args) -> None:
     check_positive(
         args, "total_timesteps num_envs image_size epoch_steps epoch_updates tokenizer_batch batch_size "
         "vocab_size code_dim channels res_blocks layers heads width lstm_units burn_in temperature "
-        "eval_temperature grad_clip save_every")
+        "eval_temperature grad_clip lr save_every")
+    check_shares(args, "gamma lam sticky_actions dropout epsilon")
+    if args.extra_epochs < 0:
+        fail("--extra-epochs must not be negative")
     if args.image_size % 16:
         fail("--image-size must be a multiple of 16")
     if args.channels % 2 or args.width % args.heads:
@@ -1716,7 +1728,8 @@ def start_log(run: Path, args: Args, step: int) -> SummaryWriter:
     """TensorBoard events, without those that a killed life wrote beyond `step`; a copy of the script."""
     writer = SummaryWriter(str(run), purge_step=step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")
-    shutil.copy(__file__, run)
+    if Path(__file__).resolve().parent != run.resolve():  # a run can be resumed with its own copy
+        shutil.copy(__file__, run)
     return writer
 
 
@@ -1793,18 +1806,20 @@ def main(args: Args) -> None:
     # an episode has one row more than steps: up to twice as many in all, on disk only once they are used
     capacity = saved.get("capacity") or min(args.buffer_size, 2 * args.total_timesteps) // args.num_envs
     if capacity <= args.batch_length:
-        fail(f"replay of {capacity} rows per environment is not longer than --batch-length: --buffer-size")
+        fail(f"replay of {capacity} rows per environment is not longer than --batch-length: "
+             "raise --buffer-size or --total-timesteps")
     run = make_run(args, device)
-    held = lock(run) if rank == 0 else None
+    held = lock(run) if rank == 0 else None  # until the process ends
     specs = replay_specs(envs.shapes, envs.action_dim)
     if not saved:
         check_disk(run, specs, min(args.buffer_size, args.total_timesteps))
     replay = Replay(specs, capacity, num_envs, run / f"replay{rank}", device, new=not saved)
     if saved:
+        if (args.heads, args.epoch_steps) != (saved["args"]["heads"], saved["args"]["epoch_steps"]):
+            fail("--heads and --epoch-steps of a run cannot change")
         load_weights(agent, saved["agent"])
         optimizers.load_state_dict(saved["optimizers"])
-        lost = rows_at_risk(args, step, more=args.epoch_steps)  # checkpoints come at the end of an epoch
-        replay.load_state_dict(saved["replay"], lost)
+        replay.load_state_dict(saved["replay"], saved["at_risk"])
         if rank == 0:
             restore_rng(saved["rng"])
 
@@ -1827,6 +1842,10 @@ def main(args: Args) -> None:
         print(f"{device}, {args.precision}: {count:,} parameters")
         ratio = 3 * args.epoch_updates / args.epoch_steps  # epochs end at multiples of epoch_steps
         print(f"{ratio:g} updates per policy step, a third for each part")
+        frames = 4 * math.prod(envs.shapes["image"]) * min(capacity * num_envs, args.total_timesteps // ranks)
+        print(f"decoded frames, once the behaviour learns: up to {frames / 2**30:.2f} GiB on {replay.device}")
+        if args.total_timesteps <= args.behaviour_starts:
+            print("the policy stays untrained: --total-timesteps is not beyond --behaviour-starts")
         print(f"run directory {run}")
         writer = start_log(run, args, now())
 
@@ -1834,9 +1853,11 @@ def main(args: Args) -> None:
         return every > 0 and now() // every > before // every
 
     def save() -> None:
+        at_risk = rows_at_risk(args, step, more=args.epoch_steps)  # checkpoints come at the end of an epoch
         save_checkpoint(
             run, args, step=step, updates=updates, epoch=epoch, done=done, life=life, capacity=capacity,
-            agent=agent.state_dict(), optimizers=optimizers.state_dict(), replay=replay.state_dict())
+            agent=agent.state_dict(), optimizers=optimizers.state_dict(), replay=replay.state_dict(),
+            at_risk=0 if stopping else at_risk)
 
     def dream() -> None:
         video, errors = dream_video(agent, replay)
@@ -1851,6 +1872,8 @@ def main(args: Args) -> None:
     budget = args.total_timesteps + args.extra_epochs * args.epoch_steps
     bar = progress_bar(replace(args, total_timesteps=budget), now(), rank)
     row = envs.reset()
+    if saved and rank == 0:
+        save()  # says how many rows this life puts at risk
     while epoch < epochs and not stopping:
         before = now()
         for phase in ("collect", "tokenizer", "world", "behaviour"):
@@ -1859,7 +1882,8 @@ def main(args: Args) -> None:
                 state = agent.warm_up(replay) if replay.size else agent.initial(num_envs)
                 while step < min((epoch + 1) * args.epoch_steps, args.total_timesteps) and not stopping:
                     state = agent.act(row, state)
-                    # after an end action 0, nothing: it resets, or after a lost life lets the game go on
+                    # after an end follows action 0 (on Atari: nothing): it resets, or the game goes on after
+                    # a lost life
                     state["action"][torch.as_tensor(row["is_last"])] = 0
                     replay.add(row | state)
                     ended = envs.last
@@ -1904,7 +1928,7 @@ def main(args: Args) -> None:
             log_metrics(writer, values, now())
         if due(args.save_every):
             save()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training does not notice
             if due(args.video_every):
                 dream()
             if due(args.eval_every) and args.eval_episodes:

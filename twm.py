@@ -19,7 +19,8 @@ target and a mean in a dream. New against an RNN: the last l steps are seen as t
 the policy needs only the encoder; the entropies of z and of the policy have a floor; replay favours what it
 rarely drew.
 
-Which obs, action and reward share an index. A training sequence is replay moved by one step:
+Which obs, action and reward share an index. A training step pairs the observation and action
+of a row with the reward and flags of the next one:
 
     replay row t   obs_t  reward_t  is_first_t  is_last_t  is_terminal_t | action_t
                    arrived together, caused by action_{t-1}              | chosen here
@@ -31,9 +32,11 @@ phi observation model, psi dynamics, theta actor, xi critic. Axes: S groups of K
 of h, L tokens, A actions.
 
 Differences from the official code: the latent-prediction loss is computed (a wrong key leaves it out there).
-FIRE after a lost life is the next counted step, and no step lies between lives; 0 to 30 no-ops at reset,
-after FIRE; the time limit is per game. The layers start with different weights. A dream keeps keys and values
-instead of layer inputs (same numbers), and takes its restarts from one pool.
+FIRE after a lost life is the next counted step, and no step lies between lives; at reset FIRE is one frame,
+then 0 to 29 frames of no-op, without FIRE 0 to 30 (official: FIRE and action 2 for four frames each, then 1
+to 30 no-ops of four frames, without FIRE of one); the time limit is per game. The layers start with different
+weights. A dream keeps keys and values instead of layer inputs (same numbers), and takes its restarts from one
+pool.
 SPDX-License-Identifier: MIT
 """
 # /// script
@@ -96,7 +99,7 @@ class Args:
     video_every: int = 10_000  # policy steps between dream GIFs; 0: only at the end
     log_every: int = 1_000  # policy steps between metric logs
     # environment
-    num_envs: int = 1  # parallel environments (official)
+    num_envs: int = 1  # parallel environments (official: 1)
     grayscale: bool = True  # Atari in gray (official)
     frame_stack: int = 4  # frames that are one observation (official)
     action_repeat: int = 0  # environment steps per policy step; 0: 4 on Atari, else 1 (official)
@@ -106,9 +109,9 @@ class Args:
     learning_starts: int = 5_000  # random policy steps, then pre-training (official)
     pretrain_observation: int = 30_000_000  # images that pre-train the observation model (official)
     pretrain_dynamics: int = 15_000_000  # steps that pre-train the dynamics (official)
-    # official: 0.7 of 5e7, where 1 - 0.6 - 0.3 = 0.1 seems meant and 1 - 0.6 + 0.3 is written
-    pretrain_behaviour: int = 35_000_000  # steps that pre-train actor and critic
-    train_every: float = 0.76  # policy steps per update (official: 7,600 samples each of what 1e9 leave)
+    # 0.7 of 5e7, where 1 - 0.6 - 0.3 = 0.1 seems meant and 1 - 0.6 + 0.3 is written
+    pretrain_behaviour: int = 35_000_000  # steps that pre-train actor and critic (official)
+    train_every: float = 0.76  # policy steps per update (official: 95,000 steps for 125,000 updates)
     batch_size: int = 100  # sequences per update, B (official)
     batch_length: int = 16  # steps per sequence, T (official)
     replay_temperature: float = 20.0  # tau of the balanced sampling (official); inf: uniform
@@ -117,39 +120,39 @@ class Args:
     classes: int = 32  # classes per group, K (official)
     cnn_depth: int = 48  # channels of the first convolution; doubled by each further one (official)
     encoder_units: int = 512  # width of the encoder's two hidden layers (official)
-    memory_length: int = 16  # past steps that a token sees besides its own, l (official)
-    layers: int = 10  # of the Transformer (official)
-    width: int = 256  # of the Transformer, D (official)
-    heads: int = 4  # of its attention (official)
-    head_dim: int = 64  # width of a head (official)
+    memory_length: int = 16  # past steps in the attention window, l; z and a see one more (official)
+    layers: int = 10  # Transformer layers (official)
+    width: int = 256  # width of the Transformer, D (official)
+    heads: int = 4  # attention heads (official)
+    head_dim: int = 64  # width of an attention head (official)
     ff_units: int = 1024  # width of its feed-forward layers (official)
     dropout: float = 0.1  # in Transformer and heads while the world model trains (official)
-    head_layers: int = 4  # hidden layers of each head (official)
-    latent_units: int = 512  # width of those of the latent head (official)
+    head_layers: int = 4  # hidden layers of each output head: latent, reward, discount (official)
+    latent_units: int = 512  # width of the latent head's hidden layers (official)
     scalar_units: int = 256  # width of those of reward and discount head (official)
-    enc_entropy_coef: float = 5.0  # alpha_1, weight of the encoder's entropy (official)
-    enc_entropy_threshold: float = 0.1  # share of the greatest entropy that is enough (official)
+    enc_entropy_coef: float = 5.0  # alpha_1, weight of what the encoder's entropy lacks (official)
+    enc_entropy_threshold: float = 0.1  # share of S ln K that is enough (official)
     consistency_coef: float = 0.01  # alpha_2, encoder towards the dynamics' prediction (official)
     latent_coef: float = 1.0  # weight of the latent prediction (official)
-    reward_coef: float = 10.0  # beta_1 (official)
-    discount_coef: float = 50.0  # beta_2 (official)
+    reward_coef: float = 10.0  # weight of the reward loss, beta_1 (official)
+    discount_coef: float = 50.0  # weight of the discount loss, beta_2 (official)
     # behaviour
     imag_batch: int = 400  # dreams per update, N (official)
     imag_horizon: int = 15  # imagined steps, H (official)
     gamma: float = 0.99  # discount, which the dynamics learn to predict (official)
     lam: float = 0.95  # lambda of the generalised advantage (official)
     end_threshold: float = 0.1  # a dream ends where its cumulative discount falls below this (official)
-    ent_coef: float = 0.01  # eta, weight of the policy's entropy (official)
-    ent_threshold: float = 0.1  # Gamma, share of the greatest entropy that is enough (official)
+    ent_coef: float = 0.01  # eta, weight of what the policy's entropy lacks (official)
+    ent_threshold: float = 0.1  # Gamma, share of ln A that is enough (official)
     ac_layers: int = 4  # hidden layers of actor and critic (official)
-    ac_units: int = 512  # width of those (official)
+    ac_units: int = 512  # width of actor's and critic's hidden layers (official)
     # optimiser
-    model_lr: float = 1e-4  # of observation model and dynamics (official)
-    actor_lr: float = 1e-4  # (official)
-    critic_lr: float = 1e-5  # (official)
+    model_lr: float = 1e-4  # learning rate of observation model and dynamics (official)
+    actor_lr: float = 1e-4  # learning rate of the actor (official)
+    critic_lr: float = 1e-5  # learning rate of the critic (official)
     weight_decay: float = 1e-6  # L2, added to the gradient (official)
-    model_clip: float = 100.0  # gradient norm allowed for observation model and dynamics (official)
-    ac_clip: float = 1.0  # gradient norm allowed for actor and critic (official)
+    model_clip: float = 100.0  # largest gradient norm of observation model and dynamics (official)
+    ac_clip: float = 1.0  # largest gradient norm of actor and critic (official)
 
 
 PRESETS = {
@@ -287,7 +290,7 @@ def init(layer: nn.Module, gain: float) -> nn.Module:
 
 
 class Float32Linear(nn.Linear):
-    """Runs in float32 under autocast. Trap: in bf16 values near 200 have three different numbers."""
+    """Runs in float32 under autocast. Trap: bf16 numbers near 200 are 1 apart, too coarse for advantages."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -541,8 +544,8 @@ class WorldModel(nn.Module):
         batch (official). The term as it is mostly written, -alpha_1 H, is that of a threshold of 1.
         Trap: it is too weak for the first updates, when the decoder's error is largest. On Pong H falls to 0,
         and one z stands for all images, within 75 updates; so does the official code's."""
-        bits = entropy(float32(post_logits).log_softmax(-1))
-        share = bits.mean() / math.log(self.args.classes)
+        nats = entropy(float32(post_logits).log_softmax(-1))
+        share = nats.mean() / math.log(self.args.classes)
         return self.args.enc_entropy_coef * entropy_hinge(share, self.args.enc_entropy_threshold)
 
     def consistency_loss(self, post_logits: torch.Tensor, prior_logits: torch.Tensor) -> torch.Tensor:
@@ -653,9 +656,9 @@ class Behaviour(nn.Module):
             hidden = dynamics.step(cache, t, latent, action, reward, begin)
             prior_logits, reward, cont_logit = dynamics.heads(hidden)
             cont = float32(cont_logit).sigmoid()
-            # where the cumulative discount is low the imagined episode has ended: go on from a replayed
-            # observation. Always computed, never asked for: no host reads. A roll, so that a second restart
-            # is another one
+            # a low cumulative discount means that the imagined episode has ended: go on from a replayed
+            # observation. Both are always computed, so that nothing is read on the host; a roll, so that two
+            # ends of one dream go on from different observations
             cumulative = weight * cont
             end = cumulative < args.end_threshold
             next_latent = torch.where(end[:, None], restart.roll(t, 0), sample_latent(prior_logits))
@@ -681,8 +684,8 @@ class Behaviour(nn.Module):
         return advantage, advantage + value[:-1]
 
     def critic_loss(self, value, ret, weight) -> torch.Tensor:
-        """Values, returns and weights (H,N) -> a scalar: -ln N(G; v, 1), less where the dream has ended
-        before."""
+        """Values, returns and weights (H,N) -> a scalar: -ln N(G; v, 1), weighted by the cumulative discount
+        with which the dream came to each step."""
         return (weight * normal_nll(value, ret)).mean()
 
     def actor_loss(self, logits, action, advantage, weight) -> tuple[torch.Tensor, torch.Tensor]:
@@ -961,8 +964,8 @@ def pretrain_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, batc
     with agent.autocast():
         _, ret = behaviour.targets(latent, rows["reward"], discount, rows["is_last"])
         losses = {"value": behaviour.critic_loss(behaviour.value(latent[:-1]), ret, 1.0)}
-        bits = entropy(float32(behaviour.actor(latent)).log_softmax(-1))
-        losses["policy"] = -args.ent_coef * bits.mean() / math.log(agent.action_dim)
+        nats = entropy(float32(behaviour.actor(latent)).log_softmax(-1))
+        losses["policy"] = -args.ent_coef * nats.mean() / math.log(agent.action_dim)
     metrics = {"grad/critic_norm": optimizer.critic.step(losses["value"])}
     metrics["grad/actor_norm"] = optimizer.actor.step(losses["policy"])
     metrics.update({f"losses/{k}": v.detach() for k, v in losses.items()})
@@ -984,7 +987,8 @@ def find_spec(env_id: str) -> gymnasium.envs.registration.EnvSpec:
             importlib.import_module(module)
         spec = gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
-        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}")  # such as: did you mean ...
+        hint = ' (pip install "shimmy[dm-control]" "mujoco<4")' if module == "shimmy" else ""
+        fail(f"--env-id {env_id}: {str(error).splitlines()[0]}{hint}")  # such as: did you mean ...
     if str(spec.entry_point).startswith("ale_py") and not name.startswith("ALE/"):
         game = "".join(word.capitalize() for word in spec.kwargs["game"].split("_"))
         fail(f"--env-id {env_id} is another protocol (frame skip, sticky actions); use ALE/{game}-v5")
@@ -998,7 +1002,7 @@ class Envs:
     `ret`, `length`: of the running episode of each environment; the resetting row counts for neither."""
 
     def __init__(self, args, num_envs: int, seeds: np.ndarray, size: int, pixels: bool = False, **atari):
-        """`size`: side of the image. `pixels`: see the rendered one. `atari`: options of ale-py's own."""
+        """`size`: side of the image. `pixels`: see the rendered one. `atari`: other options for ale-py."""
         spec = find_spec(args.env_id)
         self.num_envs = num_envs
         self.seeds = seeds
@@ -1214,12 +1218,13 @@ def check_disk(run: Path, specs: dict, rows: int) -> None:
     needed = rows * row_bytes(specs) / 2**30
     free = shutil.disk_usage(run).free / 2**30
     if needed > free:
-        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: lower --buffer-size")
+        fail(f"replay needs {needed:.1f} GiB, the disk of {run} has {free:.1f} GiB: use another --run-dir, "
+             "or a smaller --buffer-size or --total-timesteps")
 
 
 def rows_at_risk(args, step: int, more: int = 0) -> int:
-    """Rows per environment that a life may have added after its checkpoint at `step`; a checkpoint may come
-    `more` steps late. An episode has one row more than it has steps."""
+    """Rows per environment that a life may still add after its checkpoint at `step` and before the next one,
+    which may come `more` steps late. An episode has one row more than steps."""
     steps = min(args.save_every + more, max(args.total_timesteps - step, 0))
     return 2 * steps // args.num_envs + 1
 
@@ -1260,31 +1265,18 @@ class Storage:
         self.rows += 1
         self.size = min(self.size + 1, self.capacity)
 
-    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> tuple[dict, torch.Tensor]:
-        """Row numbers (T,B) and streams (B,) -> fields (T,B,...), and their positions for `write`."""
+    def gather(self, rows: torch.Tensor, envs: torch.Tensor) -> dict:
+        """Row numbers (T,B) and streams (B,) -> fields (T,B,...)."""
         index = rows % self.capacity * self.num_envs + envs
-        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}, index
-
-    def write(self, index: torch.Tensor, **values: torch.Tensor) -> None:
-        """Overwrite fields at positions (T,B) that `gather` returned. Where sequences overlap the last one
-        wins, as if they were written one after the other (official). Trap: an indexed write of duplicates has
-        no defined order, so all that share a position write the value of the last. With a copy on the GPU the
-        files keep what `add` wrote: it is what a resume begins with."""
-        position = index.T.flatten()
-        ordered, order = position.sort(stable=True)
-        last = order[torch.searchsorted(ordered, position, right=True) - 1]
-        for name, value in values.items():
-            field = self.data[name].flatten(0, 1)  # a view: writing to a copy would be lost
-            value = value.transpose(0, 1).flatten(0, 1)[last.to(value.device)]
-            field[position] = value.to(field)
+        return {name: field.flatten(0, 1)[index] for name, field in self.data.items()}
 
     def state_dict(self) -> dict:
-        return dict(rows=self.rows)
+        return dict(rows=self.rows, size=self.size)
 
     def load_state_dict(self, state: dict, lost: int) -> None:
         """`lost`: rows that may have been overwritten between the checkpoint and a crash: not used."""
         self.rows = state["rows"]
-        self.size = max(min(self.rows, self.capacity - lost), 0)
+        self.size = max(min(state["size"], self.capacity - lost), 0)
 # ==== end shared ====
 
 
@@ -1427,7 +1419,7 @@ class Replay(Storage):
         self.logits = torch.stack(logits)
 
     def state_dict(self) -> dict:
-        return dict(rows=self.rows, visits=self.visits[:, : max(self.count)].cpu())
+        return dict(super().state_dict(), visits=self.visits[:, : max(self.count)].cpu())
 
     def load_state_dict(self, state: dict, lost: int) -> None:
         """The line is found again by the flags. The visits are in the checkpoint, for all ranks those of
@@ -1452,7 +1444,7 @@ def replay_specs(shapes: dict, action_dim: int) -> dict:
 
 
 def lengthen(folder: Path, specs: dict, num_envs: int, before: int, after: int) -> None:
-    """Room for more rows in the files of a run that is resumed with a larger budget."""
+    """Room for more rows in the files of a run that is resumed, perhaps with a larger budget."""
     for name, (shape, dtype) in specs.items():
         path = folder / f"{name}.bin"
         size = num_envs * math.prod(shape) * dtype.itemsize
@@ -1463,8 +1455,9 @@ def lengthen(folder: Path, specs: dict, num_envs: int, before: int, after: int) 
 # ======== 9. evaluate and dream ========
 # ==== shared: evaluation ====
 def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
-    """Statistics of `eval_episodes` whole episodes, equally many in each environment, so that short ones do
-    not prevail. `stop`: not empty once a signal has come; then there is no result."""
+    """Statistics of `eval_episodes` whole episodes (above 16: the next multiple of 16), equally many in each
+    environment, so that short ones do not prevail. `stop`: not empty once a signal has come; then there is
+    no result."""
     num_envs = min(args.eval_episodes, 16)
     per_env = math.ceil(args.eval_episodes / num_envs)
     limit = 108_000 // args.action_repeat  # policy steps, as on Atari: some environments have no end
@@ -1480,7 +1473,7 @@ def evaluate(agent: Agent, args: Args, stop: list) -> dict[str, float]:
         for i in np.flatnonzero(row["is_last"]):
             returns[i].append(envs.ret[i])
             lengths[i].append(envs.length[i])
-        if envs.length.max() >= limit:
+        if (envs.length[~row["is_last"]] >= limit).any():
             say(f"evaluation: an episode did not end within {limit} steps; its return so far counts")
             for i in np.flatnonzero(~row["is_last"]):
                 returns[i].append(envs.ret[i])
@@ -1537,7 +1530,7 @@ def dream_video(agent: Agent, replay: Replay, count: int = 4, context: int = 5) 
     cache = world.dynamics.empty_cache(count, args.batch_length)
     begun = torch.zeros(2, count, dtype=torch.long, device=agent.device)  # of the step before, of this one
     latent = seen[0]
-    reward = batch["reward"][0]
+    reward = None  # no step comes before the first
     latents = []
     for t in range(args.batch_length):  # t = 0 is step 1 of the sequence
         latents.append(latent)
@@ -1625,11 +1618,13 @@ def lock(run: Path):
         import fcntl
     except ImportError:  # not on Windows
         return None
-    file = open(run / "lock", "w")
     try:
+        file = open(run / "lock", "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         fail(f"another process is using {run}")
+    except OSError as error:
+        fail(f"the run directory cannot be written: {error}")
     return file
 
 
@@ -1710,7 +1705,10 @@ def make_run(args: Args, device: torch.device) -> Path:
     """The directory that is resumed, or a new one, with one name on all ranks."""
     now = torch.tensor([time.time_ns() // 1_000_000], device=device)
     run = Path(args.resume or f"{args.run_dir}/{run_name(args)}{int(gather_ranks(now)[0])}")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"the run directory cannot be made: {error}")
     return run
 # ==== end shared ====
 
@@ -1808,11 +1806,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
         found = Path(args.run_dir).glob(f"{run_name(args)}*/checkpoint.pt")
         newest = max(found, key=os.path.getmtime, default=None)
         args.resume = str(newest.parent) if newest else ""
+        if not newest:
+            print(f"nothing to resume: there is no {args.run_dir}/{run_name(args)}*; a new run begins")
     if args.resume:
         saved = Args(**load_checkpoint(Path(args.resume))["args"])
         args = replace(tyro.cli(Args, args=argv, default=saved), resume=args.resume)
         if args.env_id != saved.env_id:
             fail(f"{args.resume} is a run of {saved.env_id}, not of {args.env_id}")
+        if args.preset != saved.preset:
+            fail(f"{args.resume} began with --preset {saved.preset}; change single flags, or begin a new run")
     else:
         args = replace(tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[args.preset])), resume="")
     check_args(args)
@@ -1829,9 +1831,16 @@ def check_positive(args: Args, names: str) -> None:
     for name in names.split():
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("seed", "eval_episodes"):
+    for name in ("seed", "eval_episodes", "action_repeat"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+
+
+def check_shares(args: Args, names: str) -> None:
+    """Probabilities, discounts and the like."""
+    for name in names.split():
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
 # ==== end shared ====
 
 
@@ -1840,7 +1849,8 @@ def check_args(args: Args) -> None:
     check_positive(args, "total_timesteps num_envs batch_size batch_length imag_batch imag_horizon")
     check_positive(args, "memory_length train_every frame_stack replay_temperature latents cnn_depth layers")
     check_positive(args, "encoder_units width heads head_dim ff_units latent_units scalar_units ac_units")
-    check_positive(args, "model_clip ac_clip save_every")
+    check_positive(args, "model_clip ac_clip save_every head_layers ac_layers")
+    check_shares(args, "gamma lam sticky_actions end_threshold")
     if args.imag_batch > args.batch_size * args.batch_length:
         fail("--imag-batch must be at most --batch-size x --batch-length: dreams start in different states")
     if args.batch_length < 2 or args.classes < 2 or args.width % 2:
@@ -1858,7 +1868,8 @@ def start_log(run: Path, args: Args, step: int) -> SummaryWriter:
     """TensorBoard events, without those that a killed life wrote beyond `step`; a copy of the script."""
     writer = SummaryWriter(str(run), purge_step=step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(asdict(args), indent=1)}\n```")
-    shutil.copy(__file__, run)
+    if Path(__file__).resolve().parent != run.resolve():  # a run can be resumed with its own copy
+        shutil.copy(__file__, run)
     return writer
 
 
@@ -1917,6 +1928,8 @@ def pretrain(agent: Agent, optimizer: Optimizers, replay: Replay, seen: dict, ba
     for phase, train in PHASES.items():
         budget = getattr(agent.args, f"pretrain_{phase}")
         replay.queue = None
+        if seen[phase] < budget and not (dist.is_initialized() and dist.get_rank()):
+            say(f"pre-training of the {phase}: {seen[phase]:,} of {budget:,}")
         if phase != "observation" and seen[phase] < budget and replay.logits is None:
             replay.encode(agent)
         while seen[phase] < budget:
@@ -1962,17 +1975,17 @@ def main(args: Args) -> None:
     # used
     capacity = max(2 * args.total_timesteps // args.num_envs + 1, saved.get("capacity", 0))
     run = make_run(args, device)
-    held = lock(run) if rank == 0 else None
+    held = lock(run) if rank == 0 else None  # until the process ends
     specs = replay_specs(envs.shapes, envs.action_dim)
     check_disk(run, specs, args.total_timesteps - step)
-    if saved:  # with a larger budget
+    if saved:
+        load_weights(agent, saved["agent"])  # other networks end here, before the files change
+        optimizer.load_state_dict(saved["optimizer"])
         lengthen(run / f"replay{rank}", specs, num_envs, saved["capacity"], capacity)
     replay = Replay(
         specs, capacity, num_envs, run / f"replay{rank}", device, new=not saved,
         frames=args.frame_stack, temperature=args.replay_temperature)
     if saved:
-        load_weights(agent, saved["agent"])
-        optimizer.load_state_dict(saved["optimizer"])
         replay.load_state_dict(saved["replay"], lost=0)
         if rank == 0:
             restore_rng(saved["rng"])
@@ -2022,6 +2035,8 @@ def main(args: Args) -> None:
     bar = progress_bar(args, step, rank)
     row = envs.reset()
     state = agent.initial(num_envs)
+    if saved and rank == 0:
+        save()  # with the size that the files have now
     while step < args.total_timesteps and not stopping:
         if step >= args.learning_starts and not pretrained:
             ready = replay.is_ready(batch_size, args.batch_length, args.imag_horizon)
@@ -2030,6 +2045,9 @@ def main(args: Args) -> None:
                 if not pretrained:
                     stopping = True
                     break
+                if rank == 0 and args.eval_every and args.eval_episodes:  # the pre-trained policy (official)
+                    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                        log_evaluation(writer, evaluate(agent, args, stop), step)
         state = agent.act(row, state) if pretrained else agent.act_randomly(row, state)
         replay.add(row | state)
         ended = envs.last  # a lost life is no end of the game
@@ -2060,10 +2078,10 @@ def main(args: Args) -> None:
             log_metrics(writer, values, step)
         if due(args.save_every):
             save()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # looking changes nothing
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training does not notice
             if due(args.video_every):
                 dream()
-            if due(args.eval_every) and args.eval_episodes:
+            if pretrained and due(args.eval_every) and args.eval_episodes:
                 log_evaluation(writer, evaluate(agent, args, stop), step)
 
     # ---- the end ----

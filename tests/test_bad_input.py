@@ -1,5 +1,6 @@
 """What a user can get wrong: exit status 2, one line `error: ...` and no traceback, nothing lost."""
 
+import gc
 import math
 import sys
 from pathlib import Path
@@ -95,6 +96,11 @@ FLAGS = {
     "never saved": dict(save_every=0),
     "no warm-up": dict(warmup=0),
     "missing run": dict(resume="no/such/run"),
+    "growing values": dict(gamma=1.5),
+    "impossible probability": dict(sticky_actions=2.0),
+    "backwards": dict(action_repeat=-1),
+    "no hidden layers": dict(layers=0),
+    "nobody learns": dict(learning_starts=10**6),
 }
 
 
@@ -105,6 +111,8 @@ def test_flags(name, case, tmp_path, capfd):
         pytest.skip("the script has no such flag")
     if case == "cuda" and torch.cuda.is_available():
         pytest.skip("about machines without a GPU")
+    if case == "nobody learns" and name not in ("dreamer_v1", "dreamer_v2"):
+        pytest.skip("it may only collect")
     line = refused(capfd, name, tiny.flags(name, tmp_path / "runs", **FLAGS[case]))
     if case != "missing run":
         assert any(f"--{field.replace('_', '-')}" in line for field in FLAGS[case])
@@ -174,6 +182,46 @@ def test_other_networks_on_resume(name, copy, capfd):
         pytest.skip("the script has no such flag")
     line = refused(capfd, name, ["--resume", copy(name), changes, "--total-timesteps", 40])
     assert "other networks" in line or ".bin" in line
+
+
+@each_script
+def test_another_preset_on_resume(name, copy, capfd):
+    """It would only fill the flags that were left alone, which are those of the run."""
+    assert "--preset" in refused(capfd, name, ["--resume", copy(name), "--preset=tiny"])
+
+
+@each_script
+def test_nothing_to_resume_is_said(name, tmp_path, capsys):
+    assert load(name).parse_args([f"--run-dir={tmp_path}", "--resume=auto", "--device=cpu"]).resume == ""
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+@each_script
+def test_a_run_directory_that_cannot_be_made(name, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert "run directory" in refused(capfd, name, tiny.flags(name, tmp_path / "file" / "runs"))
+
+
+def test_iris_attends_with_as_many_heads_as_before(copy, capfd):
+    """Their number leaves no trace in the shapes of the weights."""
+    assert "--heads" in refused(capfd, "iris", ["--resume", copy("iris"), "--heads=2", "--total-timesteps=40"])
+
+
+def test_genrl_keeps_the_world_model_that_others_were_trained_on(copy, capfd):
+    line = refused(capfd, "genrl", ["--resume", copy("genrl"), "--total-timesteps=40"])
+    assert "--pretrain-updates" in line
+
+
+def test_twm_can_be_resumed_after_a_resume_that_was_refused(copy, capfd):
+    """Networks are compared before files grow."""
+    run = copy("twm")
+    more = ["--total-timesteps=60", "--eval-episodes=0"]
+    assert "other networks" in refused(capfd, "twm", ["--resume", run, "--frame-stack=2", *more])
+    gc.collect()  # ends the lock that the traceback keeps
+    tiny.call("twm", ["--resume", str(run)])
+    tiny.call("twm", ["--resume", str(run), *more])
+    tiny.call("twm", ["--resume", str(run)])
+    assert tiny.checkpoint(run)["step"] == 60
 
 
 @each_script

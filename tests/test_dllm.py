@@ -505,12 +505,31 @@ def test_tally():
     book = make_book(capacity=4)
     numbers = torch.tensor([[0, 2, -1], [2, 2, -1]], dtype=torch.int32)
     book.count(numbers, "drawn", 0.5)
-    book.count(numbers, "imagined", torch.tensor([[True, False, True], [True, True, True]]))
+    book.count(numbers, "reached", torch.tensor([[True, False, True], [True, True, True]]))
     book.count(numbers, "novelty", torch.tensor([[1.0, 2, 9], [3, -4, 9]]))
     columns = dict(zip(book.COLUMNS, book.tally.T.tolist()))
     assert columns == dict(
-        proposed=[0] * 4, achieved=[0] * 4, drawn=[0.5, 0, 1.5, 0], imagined=[1, 0, 2, 0],
+        proposed=[0] * 4, achieved=[0] * 4, drawn=[0.5, 0, 1.5, 0], reached=[1, 0, 2, 0],
         novelty=[1, 0, 1, 0])
+
+
+def test_a_large_tally_still_grows():
+    """A float32 of 16,384 does not notice 1/1024 at a time."""
+    book = make_book(capacity=4)
+    book.tally += 2**14
+    for _ in range(4):
+        book.count(torch.zeros(64, 16, 1, dtype=torch.long), "drawn", 1 / 1024)
+    assert book.tally[0, 2] == 2**14 + 4
+
+
+def test_an_optimiser_takes_its_settings_from_the_flags():
+    """Also after a resume, which brings only its moments."""
+    optimizers = [m.Optimizers(make_agent(rnd_lr=lr), m.Args(rnd_lr=lr, size="size1m")) for lr in (1e-3, 1e-5)]
+    saved = optimizers[0].state_dict()
+    saved["rnd"]["param_groups"][0]["capturable"] = True  # of a GPU
+    optimizers[1].load_state_dict(saved)
+    group = optimizers[1].rnd.param_groups[0]
+    assert group["lr"] == 1e-5 and not group["capturable"]
 
 
 def test_no_words_are_nothing_done():
@@ -557,7 +576,7 @@ def test_an_update_counts_its_goals(tmp_path):
     tally = dict(zip(agent.goals.COLUMNS, agent.goals.tally.T))
     for number in range(len(GOALS)):
         mine = goals == number
-        wanted = dict(drawn=mine.sum(), imagined=(mine & reached).sum(), novelty=novelty[mine].sum())
+        wanted = dict(drawn=mine.sum(), reached=(mine & reached).sum(), novelty=novelty[mine].sum())
         for column, total in wanted.items():
             assert tally[column][number].item() == pytest.approx(total.item() / (T * B), abs=1e-5)
 

@@ -229,7 +229,7 @@ def test_gradient_of_the_actor_loss_by_reward_and_value():
     reward, value = torch.randn(2, H, B, requires_grad=True)
     agent.world.predict_reward = lambda feat: reward
     agent.behaviour.critic.forward = lambda feat: value[..., None]
-    target, weight = agent.behaviour.target(agent.world, torch.zeros(H, B, 12))
+    target, weight = agent.behaviour.returns(agent.world, torch.zeros(H, B, 12))
     loss = agent.behaviour.actor_loss(target, weight)
     by_reward, by_value = torch.autograd.grad(loss, (reward, value))
     gamma, lam = agent.args.gamma, agent.args.lam

@@ -559,7 +559,7 @@ def test_a_dream_from_a_terminal_state_teaches_only_its_first_state():
     alive[4 * B + 1] = False
     rows = make_rows()
     _, feat, action = dream(agent)
-    target, slow_value, weight = agent.behaviour.target(agent.world, feat, rows["is_terminal"].flatten())
+    target, slow_value, weight = agent.behaviour.returns(agent.world, feat, rows["is_terminal"].flatten())
     assert not weight.requires_grad
     assert torch.equal(weight[0], torch.ones(T * B))
     assert torch.equal(weight[1:] != 0, alive.expand(H, -1))
@@ -1030,8 +1030,8 @@ def pair_action_with_its_own_state(patch, m):
 
 
 def predict_known_ends(patch, m):
-    target = m.Behaviour.target
-    patch.setattr(m.Behaviour, "target", lambda self, world, feat, is_terminal: target(
+    returns = m.Behaviour.returns
+    patch.setattr(m.Behaviour, "returns", lambda self, world, feat, is_terminal: returns(
         self, world, feat, is_terminal & False))
 
 

@@ -793,21 +793,6 @@ def random_replay(folder, rows, num_envs=1):
         deter=torch.randn(*lead, D), stoch=latents(*lead).byte())
 
 
-def test_where_written_sequences_overlap_the_last_one_wins(tmp_path):
-    torch.manual_seed(0)
-    replay = make_replay(tmp_path, capacity=10, num_envs=2, number=torch.zeros(10, 2))
-    start = torch.randint(6, (40,))
-    env = torch.randint(2, (40,))
-    _, index = replay.gather(start + torch.arange(4)[:, None], env)
-    values = torch.rand(4, 40)
-    plain = torch.zeros(20)
-    for b in range(40):
-        for t in range(4):
-            plain[index[t, b]] = values[t, b]
-    replay.write(index, number=values)
-    assert torch.equal(replay.data["number"].flatten(), plain)
-
-
 @pytest.mark.parametrize("rows", [60, 9])  # with 9 rows, three sequences of 7 overlap
 def test_an_update_writes_its_latents_back(rows, tmp_path):
     """Replay then holds the new posterior at rows 1 to T of the sequences, and is unchanged elsewhere."""

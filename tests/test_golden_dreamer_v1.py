@@ -94,7 +94,7 @@ def test_weights():
     world = type("World", (), {})()
     world.predict_reward = lambda feat: feat[..., 0]
     world.predict_cont = lambda feat: torch.cat([cont, cont[-1:]])
-    _, weight = behaviour.target(world, torch.zeros(len(cont) + 1, cont.shape[1], 3).double())
+    _, weight = behaviour.returns(world, torch.zeros(len(cont) + 1, cont.shape[1], 3).double())
     close(weight, "lr_weights")
 
 

@@ -392,7 +392,7 @@ def test_dream(domain):
     post = posterior(agent, rows, domain)
     with forced_dream(domain):
         feat, action = behaviour.imagine(world.rssm, post["deter"].flatten(0, 1), post["stoch"].flatten(0, 1))
-    target, slow_value, weight = behaviour.target(world, feat, rows["is_terminal"].flatten())
+    target, slow_value, weight = behaviour.returns(world, feat, rows["is_terminal"].flatten())
     reward = world.predict_reward(feat)
     cont = world.predict_cont(feat)
     if domain == "atari":

@@ -238,7 +238,7 @@ def test_actor_critic(discrete):
     """The official Reinforce branch was run with the Normal; the discrete policy stands in for it below."""
     model = behaviour()
     feat, reward = reorder(given("ac.feat")), given("ac.reward")[..., 0]
-    target, value = model.target(feat, reward)
+    target, value = model.returns(feat, reward)
     close(value[..., None], "ac.value")
     close(target[..., None], "ac.target")
     policy = model.policy(feat)

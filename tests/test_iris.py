@@ -75,7 +75,7 @@ def prepared_replay(agent):
 
 
 def random_tokens(agent, *shape):
-    return torch.randint(agent.args.vocab_size, (*shape, agent.world.tokens))
+    return torch.randint(agent.args.vocab_size, (*shape, agent.world.num_tokens))
 
 
 def random_batch(agent, steps, batch):
@@ -459,14 +459,14 @@ def literal_dream(agent, tokens, mask):
         out["action"].append(action)
         if t == agent.args.imag_horizon - 1:
             break
-        if sequence.shape[1] + world.tokens + 1 > world.positions:
+        if sequence.shape[1] + world.num_tokens + 1 > world.positions:
             sequence = world.token(current)
         sequence = torch.cat([sequence, world.action(action)[:, None]], 1)
         y = world(sequence)[:, -1]
         out["reward"].append(m.sample(world.reward_head(y)) - 1)
         out["end"].append(m.sample(world.end_head(y)))
         drawn = []
-        for _ in range(world.tokens):
+        for _ in range(world.num_tokens):
             drawn.append(m.sample(world.token_head(world(sequence)[:, -1])))
             sequence = torch.cat([sequence, world.token(drawn[-1])[:, None]], 1)
         current = torch.stack(drawn, 1)
@@ -858,7 +858,7 @@ def patch_memory(patch, module):
     original = module.Dream.step
 
     def step(dream, action):
-        if dream.size + 2 * dream.world.tokens > dream.world.positions:
+        if dream.size + 2 * dream.world.num_tokens > dream.world.positions:
             dream.size = 0
             dream.waiting = dream.tokens
         return original(dream, action)

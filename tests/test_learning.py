@@ -1,7 +1,9 @@
 """Every script learns small tasks from scratch: run with `python -m pytest -m learning`.
 
 A case trains with the script's own main() until the mean return of the last 20 episodes passes its threshold, then
-stops. `python tests/test_learning.py SCRIPT CASE SEED [VARIANT]` runs one by hand and writes its curve to tests/results/.
+stops as at SIGTERM, with a checkpoint. `python tests/test_learning.py SCRIPT CASE SEED [VARIANT]` runs one by hand and
+writes its curve to tests/results/; `PYTHONPATH=tests python SCRIPT.py --resume runs/NAME --total-timesteps 1` shows
+what it dreams.
 
 For iris also: the tokenizer's image loss at its first and last update, and the share of tokens of following frames that
 the world model finds likeliest and are right, against that of the most frequent token of each place."""
@@ -234,10 +236,6 @@ VARIANTS = {  # for comparison only, by hand: they may fail to reach the thresho
 }
 
 
-class Reached(Exception):
-    """The mean of the last 20 returns has passed the threshold."""
-
-
 class TokenAccuracy:
     """Watches the tokenizer's updates of iris.py -> what tokenizer and world model have learned."""
 
@@ -326,17 +324,20 @@ def learn(script, threshold: float, flags: dict, run_dir: Path) -> tuple[list[tu
     returns = deque(maxlen=20)
     curve = []
     steps = 0
+    reached = False
     original = script.Envs.row
 
     def row(self, *args, **options):
-        nonlocal steps
+        nonlocal steps, reached
         made = original(self, *args, **options)
         steps += int((~made["is_first"]).sum())
         for ret in self.ret[made["is_last"]]:
-            returns.append(float(ret))
-            curve.append((steps, sum(returns) / len(returns)))
-            if len(returns) == 20 and curve[-1][1] >= threshold:
-                raise Reached
+            if not reached:
+                returns.append(float(ret))
+                curve.append((steps, sum(returns) / len(returns)))
+            if not reached and len(returns) == 20 and curve[-1][1] >= threshold:
+                reached = True
+                signal.raise_signal(signal.SIGTERM)
         return made
 
     script.Envs.row = row
@@ -350,8 +351,6 @@ def learn(script, threshold: float, flags: dict, run_dir: Path) -> tuple[list[tu
     script.check_args(args)
     try:
         script.main(args)
-    except Reached:
-        pass
     finally:
         script.Envs.row = original
         if watcher:

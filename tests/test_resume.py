@@ -151,6 +151,74 @@ def test_kill_and_signal(name, tmp_path):
 
 
 @each_script
+@pytest.mark.parametrize("end", ["stopped", "finished"])
+def test_a_run_that_ended_keeps_its_replay(name, end, tmp_path):
+    """Only what a killed life may have overwritten is given up, however long the next one is to be."""
+    flags = tiny.flags(name, tmp_path, total_timesteps=24, eval_episodes=0, save_every=10**4)
+    if end == "finished":
+        tiny.call(name, flags)
+    else:
+        stop_after(name, flags, 18)
+    (run,) = tmp_path.iterdir()
+    before = tiny.checkpoint(run)
+    more = ["--total-timesteps=30"]
+    if name == "genrl" and end == "finished":
+        more += ["--pretrain-updates=4", "--policy-updates=4"]
+    tiny.call(name, ["--resume", str(run), *more])
+    after = tiny.checkpoint(run)
+    added = after["replay"]["rows"] - before["replay"]["rows"]
+    assert added > 0
+    assert before["replay"]["size"] == before["replay"]["rows"]
+    kept = min(before["replay"]["size"] + added, after["capacity"])
+    assert after["replay"]["size"] >= kept - 2
+
+
+@each_script
+def test_a_killed_life_puts_rows_at_risk(name, tmp_path):
+    """Those of one --save-every, which may lie over the oldest ones of a full ring."""
+    if name == "twm":
+        pytest.skip("its replay is never full")
+    script = load(name)
+    kept = script.save_checkpoint
+    saves = []
+    script.save_checkpoint = lambda run, args, **state: saves.append(state)
+    try:
+        tiny.run(name, tmp_path, total_timesteps=40, save_every=6, eval_episodes=0)
+    finally:
+        script.save_checkpoint = kept
+    first = next(state for state in saves if state["step"])
+    assert first["at_risk"] >= 6
+    assert saves[-1]["at_risk"] <= (5 if name == "iris" else 1)
+
+
+@each_script
+def test_a_run_goes_on_with_its_own_copy_of_the_script(name, tmp_path):
+    run = tiny.run(name, tmp_path, eval_episodes=0)
+    process = subprocess.run(
+        [sys.executable, run / f"{name}.py", "--resume", run], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=dict(os.environ, PYTHONPATH=str(TESTS), OMP_NUM_THREADS="1"))
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
+@each_script
+def test_an_episode_as_long_as_the_limit_is_whole(name, tmp_path, capfd):
+    """It ends with the very step at which the evaluation would have ended it."""
+    script = load(name)
+    args = script.parse_args(tiny.flags(name, tmp_path, env_id="test_resume:Ten-v0", action_repeat=1))
+    args.action_repeat = 10_800  # for the limit alone: 10 steps
+    made = script.make_envs(script.replace(args, action_repeat=1), 1, 0)
+    agent = script.Agent(made.shapes, made.action_dim, made.discrete, args)
+    make_envs = script.make_envs
+    script.make_envs = lambda args, *key: make_envs(script.replace(args, action_repeat=1), *key)
+    try:
+        results = script.evaluate(agent, args, [])
+    finally:
+        script.make_envs = make_envs
+    assert results["eval/episodic_length"] == 10
+    assert "did not end" not in capfd.readouterr().out
+
+
+@each_script
 def test_an_evaluation_obeys_a_signal(name, tmp_path):
     """In an environment without end."""
     script = load(name)
