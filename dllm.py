@@ -97,7 +97,7 @@ class Args:
     # run
     exp_name: str = "dllm"  # second part of the run directory's name
     env_id: str = "ALE/Pong-v5"  # crafter, any Gymnasium id, also module:Env-v0
-    seed: int = 1  # of weights, environments and sampling
+    seed: int = 1  # seed of weights, environments and sampling
     preset: Literal["default", "tiny"] = "default"  # tiny: every phase in two minutes on a CPU
     total_timesteps: int = 1_000_000  # policy steps; frames = steps x action repeat (Crafter: 1M and 5M)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps

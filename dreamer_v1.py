@@ -85,9 +85,9 @@ class Args:
     # run
     exp_name: str = "dreamer_v1"  # second part of the run directory's name
     env_id: str = "ALE/Pong-v5"  # any Gymnasium id, also module:Env-v0; what is no image is rendered
-    seed: int = 1  # of weights, environments and sampling
-    preset: Literal["default", "tiny", "discrete"] = "default"  # tiny: every phase in two minutes
-    total_timesteps: int = 2_500_000  # policy steps; frames = steps x action repeat (official: 5M)
+    seed: int = 1  # seed of weights, environments and sampling
+    preset: Literal["default", "tiny", "discrete"] = "default"  # discrete: paper's Atari; tiny: every phase
+    total_timesteps: int = 2_500_000  # policy steps; frames = steps x action repeat (official: 5M frames)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA (official: fp16)
     compile: Literal["auto", "on", "off"] = "auto"  # auto: CUDA graphs of updates; on: torch.compile too

@@ -85,8 +85,8 @@ class Args:
     # run
     exp_name: str = "dreamer_v2"  # second part of the run directory's name
     env_id: str = "ALE/Pong-v5"  # any Gymnasium id, also module:Env-v0; what is no image is rendered
-    seed: int = 1  # of weights, environments and sampling
-    preset: Literal["default", "tiny", "paper", "dmc"] = "default"  # Atari as released; Table D.1; control
+    seed: int = 1  # seed of weights, environments and sampling
+    preset: Literal["default", "tiny", "paper", "dmc"] = "default"  # paper: Table D.1; dmc: control; or tiny
     total_timesteps: int = 50_000_000  # policy steps; frames = steps x action repeat (official: 200M frames)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA (official: fp16)

@@ -94,8 +94,8 @@ class Args:
     # run
     exp_name: str = "genrl"  # second part of the run directory's name
     env_id: str = "ALE/Pong-v5"  # any Gymnasium id, also module:Env-v0; what is no image is rendered
-    seed: int = 1  # of weights, environments and sampling
-    preset: Literal["default", "tiny", "paper"] = "default"  # tiny: small, two minutes on a CPU
+    seed: int = 1  # seed of weights, environments and sampling
+    preset: Literal["default", "tiny", "paper"] = "default"  # paper: official numbers of updates; tiny: quick
     total_timesteps: int = 10_000  # policy steps of collection (paper: datasets of 2 to 4 million)
     pretrain_updates: int = 5_000  # updates of world model and connector (official: 500_000); 0: skip
     policy_updates: int = 2_000  # updates of actor and critic (official: 50_000); 0: skip

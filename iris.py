@@ -86,7 +86,7 @@ class Args:
     # run
     exp_name: str = "iris"  # second part of the run directory's name
     env_id: str = "ALE/Pong-v5"  # any Gymnasium id with discrete actions, also module:Env-v0
-    seed: int = 1  # of weights, environments and sampling
+    seed: int = 1  # seed of weights, environments and sampling
     preset: Literal["default", "tiny"] = "default"  # tiny: every phase in two minutes on a CPU
     total_timesteps: int = 100_000  # policy steps; frames = steps x action repeat (official)
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps

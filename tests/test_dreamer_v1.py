@@ -522,11 +522,21 @@ def test_action_repeat_by_default(env_id, repeat):
 # ---- what is refused ----
 
 
-@pytest.mark.parametrize("flag", ["deter", "hidden", "stoch", "cnn-depth", "units", "action-repeat"])
+@pytest.mark.parametrize("flag", ["deter", "hidden", "stoch", "cnn-depth", "units"])
 def test_sizes_that_cannot_work(flag, capfd):
     with pytest.raises(SystemExit) as error:
         v1.parse_args([f"--{flag}=-1"])
     assert error.value.code == 2 and f"--{flag} must be positive" in capfd.readouterr().err
+
+
+def test_updates_that_are_owed_wait_for_an_episode(tmp_path):
+    """After a resume that may replay nothing: all rows are at risk."""
+    torch.set_default_dtype(torch.float32)
+    run = tiny.run("dreamer_v1", tmp_path, eval_episodes=0)
+    saved = tiny.checkpoint(run)
+    torch.save({**saved, "debt": 3, "at_risk": 10**6}, run / "checkpoint.pt")
+    tiny.call("dreamer_v1", ["--resume", str(run), "--total-timesteps=48"])
+    assert tiny.checkpoint(run)["updates"] > saved["updates"]
 
 
 @pytest.mark.parametrize("before, after", [("reward", "reconstruction"), ("reconstruction", "reward")])

@@ -852,7 +852,15 @@ def test_a_new_prompt_keeps_the_world_and_begins_a_new_policy(tmp_path, capfd):
     assert tiny.checkpoint(run)["agent"]["behaviour.updates"] == 6
     film_of(tmp_path / "film.gif", size=48)
     tiny.call("genrl", ["--resume", str(run), f"--prompt={tmp_path}/film.gif"])  # a video in the place of words
-    assert tiny.checkpoint(run)["prompt"] == f"{tmp_path}/film.gif"
+    first = tiny.checkpoint(run)
+    assert first["prompt"] == f"{tmp_path}/film.gif"
+    tiny.call("genrl", ["--resume", str(run)])
+    same = tiny.checkpoint(run)
+    assert torch.equal(same["embed"], first["embed"]) and same["done"] == first["done"]
+    frames = [Image.new("RGB", (64, 64), color) for color in ("red", "yellow", "blue")]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])  # another one of this name
+    tiny.call("genrl", ["--resume", str(run)])
+    assert not torch.allclose(tiny.checkpoint(run)["embed"], first["embed"], atol=0.1)
     (tmp_path / "film.gif").unlink()
     for flags, named in (["--policy-updates=7"], "film.gif"), (["--vlm=other"], "--vlm"), (["--data-dir=."], "--data-dir"):
         with pytest.raises(SystemExit) as end:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import load
 
@@ -747,6 +748,17 @@ def test_sizes_that_cannot_work(field, value, capfd):
         m.check_args(replace(m.Args(), **{field: value}))
     assert end.value.code == 2
     assert f"--{field.replace('_', '-')}" in capfd.readouterr().err
+
+
+def test_the_first_evaluation_is_of_the_pretrained_policy(tmp_path, monkeypatch):
+    """As soon as it is there, then every `eval_every` steps (official)."""
+    calls = []
+    pretrain = m.pretrain
+    monkeypatch.setattr(m, "pretrain", lambda *args: calls.append("pretrain") or pretrain(*args))
+    monkeypatch.setattr(m, "evaluate", lambda *args: calls.append("evaluate") or {})
+    tiny.run("twm", tmp_path, eval_every=5, eval_episodes=1, total_timesteps=24)
+    assert calls[0] == "pretrain" and calls[1:] == ["evaluate"] * len(calls[1:])
+    assert len(calls) >= 5
 
 
 # ---- breakages that the tests must see ----
