@@ -10,9 +10,9 @@ Code   checked against danijar/dreamerv2 at 07d906e: same parameter counts, same
 
 How the pieces fit (T time, B batch, H imagination, N = T*B dreams; time is always axis 0):
 
-    obs_t --Encoder--> tokens_t --.
     h_{t-1}, z_{t-1}, a_{t-1} --RSSM.core--> h_t --prior--> p(z_t | h_t)
-                                  '-----------+--posterior--> q(z_t | h_t, tokens_t)
+                                              |
+    obs_t --Encoder--> tokens_t --------------+--posterior--> q(z_t | h_t, tokens_t)
     s_t = [h_t, z_t] --> Decoder, reward head, discount head          (WorldModel.loss)
     s_0 -a_0-> s_1 -a_1-> ... s_H  imagined with the prior            (Behaviour.imagine, .loss)
 

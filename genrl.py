@@ -12,9 +12,9 @@ Code   checked against mazpie/genrl at 4cd8394: same parameter counts, same loss
 Phases: collect (Plan2Explore) -> embed clips with the frozen VLM -> pre-train -> prompt -> dream -> evaluate.
 How the pieces fit (T time, B batch, H imagination, N dreams; time is always axis 0):
 
-    obs_t --Encoder--> tokens_t --posterior--> q(s_t | x_t)   sees the image only
-    h_{t-1}, s_{t-1}, a_t --RSSM.core--> h_t --prior--> p(s_t | h_t)
-    s_t --> Decoder p(x_t | s_t)          sees the sample only: s_t alone says what an image shows
+    obs_t --Encoder--> tokens_t --posterior--> q(s_t | obs_t)       sees the image only
+    h_{t-1}, s_{t-1}, prev_action_t --RSSM.core--> h_t --prior--> p(s_t | h_t)
+    s_t --> Decoder p(obs_t | s_t)        sees the sample only: s_t alone says what an image shows
     s_{t-1}, e_t, own h --Connector--> p(s_t | s_{t-1}, e)    the same s, from an embedding
     text --VLM--> e --Aligner--> e as of a video --Connector--> target s_0 .. s_H
     reward of a dream: how much its s_t resemble the target's     (similarity, align_target)
@@ -475,7 +475,7 @@ class Dynamics(nn.Module):
 
 
 class RSSM(Dynamics):
-    """Dynamics of actions, with the posterior q(s_t | x_t) that sees nothing but the image."""
+    """Dynamics of actions, with the posterior q(s_t | obs_t) that sees nothing but the image."""
 
     def __init__(self, deter, hidden, stoch, classes, action_dim, tokens, mix):
         super().__init__(deter, hidden, stoch, classes, action_dim, mix)
@@ -523,7 +523,7 @@ class WorldModel(nn.Module):
 
     def loss(self, rows: dict) -> tuple[torch.Tensor, dict, dict]:
         """Replay rows (T,B,...) -> scalar loss, posterior and tokens (T,B,...) without gradient, metrics.
-        Minus the evidence lower bound, E_q[-ln p(x_t | s_t)] + KL(q(s_t | x_t) || p(s_t | h_t))."""
+        Minus the evidence lower bound, E_q[-ln p(obs_t | s_t)] + KL(q(s_t | obs_t) || p(s_t | h_t))."""
         post, tokens = self.observe(rows)
         prior_logits = self.rssm.groups(self.rssm.prior(post["deter"]))
 
@@ -634,7 +634,7 @@ class Connector(Dynamics):
     def loss(self, vl_embed: torch.Tensor, post: dict) -> tuple[torch.Tensor, dict]:
         """e (T,B,E) of replay rows, posterior (T,B,...) -> scalar loss, metrics:
 
-            connector   KL(p(s_t | s_{t-1}, e) || sg(q(s_t | x_t)))
+            connector   KL(p(s_t | s_{t-1}, e) || sg(q(s_t | obs_t)))
             aligner     1 - cos(aligner(corrupted e), e)          = |.|^2 / 2 of unit vectors
         The connector gets the clean e, never the aligned one."""
         vl_embed = clip_labels(vl_embed)

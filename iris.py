@@ -870,48 +870,48 @@ class Agent(nn.Module):
         return dict(hidden=float32(hidden), cell=float32(cell))
 
 
-def update_tokenizer(agent: Agent, optimizers: Optimizers, batch: dict) -> dict:
+def update_tokenizer(agent: Agent, optimizer: Optimizers, batch: dict) -> dict:
     """Images (1,B,Y,X,C) -> metrics."""
     with agent.autocast():
         losses, metrics = agent.tokenizer.loss(to_frames(batch["image"][0]), agent.perceptual)
-    return metrics | optimizers.step("tokenizer", losses)
+    return metrics | optimizer.step("tokenizer", losses)
 
 
-def train_tokenizer(agent: Agent, optimizers: Optimizers, replay: Replay, batch_size: int) -> dict:
+def train_tokenizer(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
     """One update of the tokenizer on single frames -> metrics."""
     batch = replay.sample(batch_size, 1, "image")
     batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
-    return captured(update_tokenizer, agent, optimizers, batch)
+    return captured(update_tokenizer, agent, optimizer, batch)
 
 
-def update_world_model(agent: Agent, optimizers: Optimizers, batch: dict) -> dict:
+def update_world_model(agent: Agent, optimizer: Optimizers, batch: dict) -> dict:
     """Sequences (T,B,...) -> metrics."""
     with agent.autocast():
         losses, metrics = agent.world.loss(batch, agent.args.dropout)
-    return metrics | optimizers.step("world", losses)
+    return metrics | optimizer.step("world", losses)
 
 
-def train_world_model(agent: Agent, optimizers: Optimizers, replay: Replay, batch_size: int) -> dict:
+def train_world_model(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
     """One update of the Transformer on sequences of tokens, which `replay.tokenize` has made -> metrics."""
     batch = replay.sample(batch_size, agent.args.batch_length, "tokens action reward end")
     batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
-    return captured(update_world_model, agent, optimizers, batch)
+    return captured(update_world_model, agent, optimizer, batch)
 
 
-def update_behaviour(agent: Agent, optimizers: Optimizers, batch: dict) -> dict:
+def update_behaviour(agent: Agent, optimizer: Optimizers, batch: dict) -> dict:
     """Frames (burn_in+1,B,...): actor and critic in dreams that begin at the last one -> metrics."""
     with agent.autocast():
         dream = agent.behaviour.imagine(
             agent.tokenizer, agent.world, batch["tokens"][-1], batch["recon"], batch["mask"])
         losses, metrics = agent.behaviour.loss(dream)
-    return metrics | optimizers.step("behaviour", losses)
+    return metrics | optimizer.step("behaviour", losses)
 
 
-def train_behaviour(agent: Agent, optimizers: Optimizers, replay: Replay, batch_size: int) -> dict:
+def train_behaviour(agent: Agent, optimizer: Optimizers, replay: Replay, batch_size: int) -> dict:
     """One update of actor and critic in dreams, begun at the last frame of sampled sequences -> metrics."""
     batch = replay.sample(batch_size, agent.args.burn_in + 1, "tokens recon", last=True)
     batch = {k: v.to(agent.device, non_blocking=True) for k, v in batch.items()}
-    return captured(update_behaviour, agent, optimizers, batch)
+    return captured(update_behaviour, agent, optimizer, batch)
 
 
 # ======== 7. environment ========
@@ -1791,13 +1791,13 @@ def main(args: Args) -> None:
         fail(f"--num-envs, --batch-size and --tokenizer-batch must be multiples of the {ranks} processes")
     num_envs = args.num_envs // ranks
 
-    # ---- environments, agent, optimisers ----
+    # ---- environments, agent, optimiser ----
     seed = seed_generators(args.seed, rank, life)
     envs = make_envs(args, num_envs, 0, rank, life)  # after a resume other episodes than before
     torch.manual_seed(args.seed)  # the same weights on every rank
     agent = Agent(envs.shapes, envs.action_dim, envs.discrete, args).to(device)
     torch.manual_seed(seed)  # other samples on every rank
-    optimizers = Optimizers(agent, args)
+    optimizer = Optimizers(agent, args)
     if args.compile == "on":
         agent.tokenizer.loss = compiled(agent.tokenizer.loss)
         agent.world.logits = compiled(agent.world.logits)
@@ -1818,7 +1818,7 @@ def main(args: Args) -> None:
         if (args.heads, args.epoch_steps) != (saved["args"]["heads"], saved["args"]["epoch_steps"]):
             fail("--heads and --epoch-steps of a run cannot change")
         load_weights(agent, saved["agent"])
-        optimizers.load_state_dict(saved["optimizers"])
+        optimizer.load_state_dict(saved["optimizer"])
         replay.load_state_dict(saved["replay"], saved["at_risk"])
         if rank == 0:
             restore_rng(saved["rng"])
@@ -1856,7 +1856,7 @@ def main(args: Args) -> None:
         at_risk = rows_at_risk(args, step, more=args.epoch_steps)  # checkpoints come at the end of an epoch
         save_checkpoint(
             run, args, step=step, updates=updates, epoch=epoch, done=done, life=life, capacity=capacity,
-            agent=agent.state_dict(), optimizers=optimizers.state_dict(), replay=replay.state_dict(),
+            agent=agent.state_dict(), optimizer=optimizer.state_dict(), replay=replay.state_dict(),
             at_risk=0 if stopping else at_risk)
 
     def dream() -> None:
@@ -1894,7 +1894,7 @@ def main(args: Args) -> None:
                     if rank > 0:
                         continue
                     for ret, steps in episodes:
-                        tqdm.write(f"global_step={step}, episodic_return={ret}")
+                        say(f"global_step={step}, episodic_return={ret}")
                         numbers = {"charts/episodic_return": ret, "charts/episodic_length": steps}
                         log_metrics(writer, numbers, step)
                     bar.set_postfix(episodic_return=ret, updates=updates, refresh=False)
@@ -1906,7 +1906,7 @@ def main(args: Args) -> None:
                 if phase == "behaviour":
                     replay.reconstruct(agent)
                 while done[phase] < args.epoch_updates and not stopping:
-                    metrics.update(train[phase](agent, optimizers, replay, batch_sizes[phase]))
+                    metrics.update(train[phase](agent, optimizer, replay, batch_sizes[phase]))
                     done[phase] += 1
                     updates += 1
                     (stopping,) = sum_ranks([len(stop)], device)  # all ranks end with the same update

@@ -2067,7 +2067,7 @@ def main(args: Args) -> None:
         if rank > 0:
             continue
         for ret, steps in episodes:
-            tqdm.write(f"global_step={step}, episodic_return={ret}")
+            say(f"global_step={step}, episodic_return={ret}")
             log_metrics(writer, {"charts/episodic_return": ret, "charts/episodic_length": steps}, step)
         bar.set_postfix(episodic_return=ret, updates=updates, refresh=False)
         bar.update(step - before)
