@@ -1530,8 +1530,8 @@ def main(args: Args) -> None:
     if capacity <= args.batch_length:
         fail(f"replay of {capacity} rows per environment is not longer than --batch-length: "
              "raise --buffer-size or --total-timesteps")
-    if not updates and args.learning_starts >= args.total_timesteps:
-        fail(f"--learning-starts {args.learning_starts} is not below --total-timesteps")
+    if not updates and args.learning_starts > args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} is beyond --total-timesteps")
     run = make_run(args, device)
     held = lock(run) if rank == 0 else None  # until the process ends
     specs = replay_specs(envs.shapes, envs.action_dim)

@@ -28,7 +28,8 @@ def test_a_run_and_the_resume_of_one_of_the_cpu(name, tmp_path):
 
     run = tiny.run(name, tmp_path / "cpu", eval_episodes=0)
     updates = tiny.checkpoint(run)["updates"]
-    result = run_simulated(name, f"--resume={run}", "--total-timesteps=48", "--device=simulated")
+    more = ["--pretrain-updates=4", "--policy-updates=4"] if name == "genrl" else []  # or it would be refused
+    result = run_simulated(name, f"--resume={run}", "--total-timesteps=48", "--device=simulated", *more)
     assert result.returncode == 0, result.stderr[-3000:]
     resumed = tiny.checkpoint(run)
     assert resumed["step"] == 48

@@ -204,7 +204,10 @@ def test_a_run_of_two_processes_and_its_resume(name, tmp_path):
     changes = dict(num_envs=2, batch_size=4, total_timesteps=48)
     if tiny.has(name, "tokenizer_batch"):
         changes["tokenizer_batch"] = 4
-    for more in ([], ["--resume=auto", "--total-timesteps=64"]):
+    longer = ["--resume=auto", "--total-timesteps=64"]
+    if name == "genrl":  # or it would be refused
+        longer += ["--pretrain-updates=4", "--policy-updates=4"]
+    for more in ([], longer):
         argv = tiny.flags(name, tmp_path, **changes)
         result = subprocess.run([*torchrun, *argv, *more], env=env, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-3000:]
