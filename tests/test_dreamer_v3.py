@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import gymnasium
 import pytest
+import test_replay
 import torch
 import torch.nn.functional as F
 from conftest import load
@@ -1133,8 +1134,8 @@ def round_outputs(patch, m):
 
 
 def let_the_first_sequence_win(patch, m):
-    write = m.Storage.write
-    patch.setattr(m.Storage, "write", lambda self, index, **values: write(
+    write = m.Replay.write
+    patch.setattr(m.Replay, "write", lambda self, index, **values: write(
         self, index.flip(1), **{name: x.flip(1) for name, x in values.items()}))
 
 
@@ -1167,5 +1168,5 @@ MUTATIONS = {
         round_outputs, lambda: test_numbers_near_200_keep_their_precision_in_bf16("behaviour.critic")),
     "the first of overlapping sequences wins": (
         let_the_first_sequence_win,
-        lambda: in_a_folder(test_where_written_sequences_overlap_the_last_one_wins)),
+        lambda: in_a_folder(test_replay.test_the_last_of_overlapping_sequences_wins, "dreamer_v3")),
 }
