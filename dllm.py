@@ -1312,8 +1312,8 @@ def grid_phrases() -> list[str]:
 
 class GridCaptions(Captioner):
     """BabyAI and MiniGrid. The first caption of an episode is its mission, which the agent does not see.
-    At this M goals of a mission that names no color, or says "put ... next to" or "get to the goal", are never
-    reached, and nothing is paid for them."""
+    At this M goals of a mission that names no color, or says "put ... next to" or "get to the goal", are
+    never reached, and nothing is paid for them."""
 
     goal_phrases = grid_phrases()
     rules = (
