@@ -27,7 +27,8 @@ A training sequence is T rows of one episode; it starts with h = s = 0. Its clip
 vl_embed_{8i+7} stands for all of them. In a dream V_t = r_t + gamma ((1-lam) v_{t+1} + lam V_{t+1}).
 
 Names: deter h, stoch s, feat = [h, s], post_logits q, prior_logits p, vl_embed e, ret V, target what the
-prompt asks for. Axes: T time, B batch, H imagination, N dreams, S groups of K classes, D width of h, E of e.
+prompt asks for. Axes: T time, B batch, H imagination, N dreams, S groups of K classes, D width of h, E of e,
+U of an image's tokens, A action.
 
 What changes from DreamerV3: posterior and decoder without h; no continue head, and the reward head is only
 logged; the dream's reward comes from the prompt; gradients through the dream for continuous actions.
@@ -966,8 +967,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def data_free_start(self, count: int, length: int, warmup: int = 5) -> dict:
         """States (count,...) to dream from, made without data: each begins with a random latent or, by a
-        coin, with what the connector makes of a random embedding; then `warmup` steps, half of them by random
-        actions, half by policy."""
+        coin, with what the connector makes of a random embedding; then `warmup` steps, of one half of the
+        states by random actions, of the other by policy."""
         rssm = self.world.rssm
         half = count // 2
         uniform = torch.zeros(half, rssm.stoch, rssm.classes, device=self.device)
@@ -1728,8 +1729,8 @@ def report_gap(agent: Agent, replay: Replay, embed: torch.Tensor) -> dict[str, f
     """How far the prompt's embedding (E,) is from those of the data, before and after the aligner.
     The aligner is trained to restore what is atan(w / (1 - w)) away, w = --align-noise."""
     data = replay.data["vl_embed"].flatten(0, 1)[: replay.rows * replay.num_envs]
-    data = data[data.any(-1)]  # the first rows of an episode have none
     data = data[torch.randint(len(data), (100_000,), device=data.device)].to(agent.device)  # enough draws
+    data = data[data.any(-1)]  # the first rows of an episode have none
     before = (data @ embed).max().item()
     after = (data @ agent.connector.aligner(embed)).max().item()
     noise = agent.args.align_noise

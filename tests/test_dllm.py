@@ -513,6 +513,16 @@ def test_tally():
         novelty=[1, 0, 1, 0])
 
 
+def test_places_without_a_goal_have_the_error_of_zeros():
+    """With `slots`, as in the official code, where such a goal is the vector 0, whose error begins at 0."""
+    agent = make_agent(novelty_norm="slots")
+    batch = make_batch(agent)
+    batch["goals"] = torch.full_like(batch["goals"], -1)
+    wanted = agent.rnd.error(torch.zeros_like(batch["goal_bank"][0])).item()
+    m.learn_novelty(agent, m.Optimizers(agent, agent.args).rnd, batch)
+    torch.testing.assert_close(agent.rnd.mean, torch.full_like(agent.rnd.mean, wanted), rtol=1e-3, atol=0)
+
+
 def test_a_large_tally_still_grows():
     """A float32 of 16,384 does not notice 1/1024 at a time."""
     book = make_book(capacity=4)
